@@ -1,0 +1,69 @@
+# Every target sets up what it needs in .venv first; only python3 (3.11 or later)
+# with pip and venv is assumed.
+
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+
+# The backend of `make demo`, and the backends of `make test` and `make bench-cpu`.
+BACKEND := $(or $(KERAS_BACKEND),jax)
+BACKENDS ?= jax torch tensorflow
+PYTEST_ARGS ?= -q -n 2
+DEMO_ARGS ?=
+
+# Keeps TensorFlow's start-up notices out of the output.
+export TF_CPP_MIN_LOG_LEVEL ?= 3
+
+# The demo runs on the torch release that the tests run on.
+pins_torch := torch==2.13.0
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench-cpu clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@echo
+	@echo "  make demo KERAS_BACKEND=torch      the demo on another backend (jax, torch, tensorflow)"
+	@echo "  make demo DEMO_ARGS='--steps 50'   options for examples/quickstart.py"
+	@echo "  make test BACKENDS=jax             the tests on one backend"
+	@echo "  make test PYTEST_ARGS='-x -k mask' options for pytest (now: $(PYTEST_ARGS))"
+
+demo: $(VENV)/.installed-$(BACKEND) ## Train, sample, save and reload a small language model
+	KERAS_BACKEND=$(BACKEND) $(PY) examples/quickstart.py $(DEMO_ARGS)
+
+test: $(VENV)/.installed-test ## Run the tests on every backend, then the kernel tests
+	@failed=""; \
+	for backend in $(BACKENDS); do \
+	    echo "==> tests on $$backend"; \
+	    KERAS_BACKEND=$$backend $(PY) -m pytest tests --ignore=tests/kernels $(PYTEST_ARGS) \
+	        || failed="$$failed $$backend"; \
+	done; \
+	echo "==> tests of the kernels"; \
+	$(PY) -m pytest tests/kernels $(PYTEST_ARGS) || failed="$$failed kernels"; \
+	if [ -n "$$failed" ]; then echo "==> FAILED:$$failed"; exit 1; fi; \
+	echo "==> passed: $(BACKENDS) kernels"
+
+lint: $(VENV)/.installed-test $(VENV)/.installed-dev ## Run ruff and pyright
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyright
+
+bench-cpu: $(VENV)/.installed-test ## Time the layer on this machine's CPU, on every backend
+	@set -e; for backend in $(BACKENDS); do \
+	    echo "==> benchmark on $$backend"; \
+	    KERAS_BACKEND=$$backend $(PY) benchmarks/cpu.py; \
+	done
+
+clean: ## Remove the environment, caches and build outputs
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(PY):
+	@$(PYTHON) -c 'import sys; v = sys.version_info; \
+	    sys.exit(f"keras-mom needs Python 3.11 or later; this is {v[0]}.{v[1]}. Try: make PYTHON=python3.11" if v < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp per extra: a second run installs nothing unless pyproject.toml changed.
+$(VENV)/.installed-%: pyproject.toml | $(PY)
+	$(PY) -m pip install --quiet --disable-pip-version-check $(pins_$*) -e '.[$*]'
+	@touch $@

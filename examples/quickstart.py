@@ -1,0 +1,208 @@
+"""A byte-level language model of Mixture-of-Memories blocks, on a CPU in minutes.
+
+It learns from the sources of the standard library of the Python that runs it, is
+measured beside unigram and bigram models, writes text from a state of constant size,
+and is saved and loaded again.
+
+    python examples/quickstart.py                        # on JAX
+    KERAS_BACKEND=torch python examples/quickstart.py    # or tensorflow
+"""
+
+import argparse
+import os
+import pathlib
+import sys
+import sysconfig
+import time
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+
+import keras
+import numpy as np
+
+import keras_mom
+
+VOCABULARY = 256  # bytes
+WIDTH = 128
+LAYERS = 2
+WINDOW = 256  # bytes in a training example
+BATCH = 16
+PROMPT = '''def read_lines(path):
+    """'''
+
+
+def read_corpus(limit=3_000_000):
+    """The top-level modules of the standard library: (training, validation) bytes."""
+    folder = pathlib.Path(sysconfig.get_paths()["stdlib"])
+    text = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
+    text = np.frombuffer(text[:limit], dtype="uint8").astype("int32")
+    split = len(text) * 19 // 20
+    return text[:split], text[split:]
+
+
+def training_batches(text, rng):
+    """Windows at random places, for ever; the target is the input one byte later."""
+    while True:
+        starts = rng.integers(0, len(text) - WINDOW, size=(BATCH, 1))
+        windows = text[starts + np.arange(WINDOW + 1)]
+        yield windows[:, :-1], windows[:, 1:]
+
+
+def validation_windows(text):
+    """The whole text as windows that do not overlap."""
+    length = (len(text) - 1) // WINDOW * WINDOW
+    return text[:length].reshape(-1, WINDOW), text[1 : length + 1].reshape(-1, WINDOW)
+
+
+def ngram_perplexities(text, inputs, targets):
+    """Unigram (add-one) and bigram (smoothed by the unigram) perplexity a byte."""
+    unigram = np.bincount(text, minlength=VOCABULARY) + 1.0
+    unigram /= unigram.sum()
+    pairs = np.bincount(text[:-1] * VOCABULARY + text[1:], minlength=VOCABULARY**2)
+    pairs = pairs.reshape(VOCABULARY, VOCABULARY) + unigram
+    bigram = pairs / pairs.sum(axis=-1, keepdims=True)
+    chances = unigram[targets], bigram[inputs, targets]
+    return [float(np.exp(-np.log(chance).mean())) for chance in chances]
+
+
+def build_models():
+    """Two models of the same layers: one trains on whole windows, one writes."""
+    embedding = keras.layers.Embedding(VOCABULARY, WIDTH)
+    blocks = [
+        (
+            keras.layers.RMSNormalization(),
+            keras_mom.MoMLayer(
+                num_heads=4, key_dim=32, num_memories=4, top_k=2, return_state=True
+            ),
+            keras.Sequential(
+                [
+                    keras.layers.RMSNormalization(),
+                    keras.layers.Dense(3 * WIDTH, activation="silu"),
+                    keras.layers.Dense(WIDTH),
+                ]
+            ),
+        )
+        for _ in range(LAYERS)
+    ]
+    final_norm = keras.layers.RMSNormalization()
+    head = keras.layers.Dense(VOCABULARY)
+
+    def apply(tokens, states):
+        x, new_states = embedding(tokens), []
+        for (norm, memories, mlp), state in zip(blocks, states, strict=True):
+            mixed, state = memories(norm(x), initial_state=state)
+            new_states.append(state)
+            x = x + mixed
+            x = x + mlp(x)
+        return head(final_norm(x)), new_states
+
+    tokens = keras.Input((None,), dtype="int32", name="tokens")
+    logits, _ = apply(tokens, [None] * LAYERS)
+    trainer = keras.Model(tokens, logits, name="quickstart")
+
+    layers = [memories for _, memories, _ in blocks]
+    states = [
+        tuple(keras.Input(part.shape[1:]) for part in layer.get_initial_state(1))
+        for layer in layers
+    ]
+    writer = keras.Model((tokens, states), apply(tokens, states), name="writer")
+    return trainer, writer, layers
+
+
+def write(writer, states, prompt, length, rng, temperature=0.5):
+    """Continues the prompt a byte at a time. All that is carried on is the state."""
+    text = list(prompt.encode())
+    logits, states = writer.predict_on_batch((np.array([text], "int32"), states))
+    for _ in range(length):
+        scores = logits[0, -1].astype("float64") / temperature
+        chances = np.exp(scores - scores.max())
+        text.append(int(rng.choice(VOCABULARY, p=chances / chances.sum())))
+        token = np.array([text[-1:]], "int32")
+        logits, states = writer.predict_on_batch((token, states))
+    return bytes(text).decode(errors="replace"), states
+
+
+def size_in_bytes(states):
+    return sum(array.nbytes for array in keras.tree.flatten(states))
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Train a small MoM language model.")
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=100, help="steps in an epoch")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="quickstart.keras", help="where to save")
+    arguments = parser.parse_args()
+    started = time.perf_counter()
+    keras.utils.set_random_seed(arguments.seed)
+    rng = np.random.default_rng(arguments.seed)
+
+    train_text, validation_text = read_corpus()
+    validation = validation_windows(validation_text)
+    print(f"Keras {keras.__version__} on {keras.config.backend()}")
+    print(f"{len(train_text):,} bytes to learn from, {len(validation_text):,} held out")
+
+    trainer, writer, layers = build_models()
+    print(f"{trainer.count_params():,} parameters\n")
+    total_steps = arguments.epochs * arguments.steps
+    trainer.compile(
+        optimizer=keras.optimizers.AdamW(
+            keras.optimizers.schedules.CosineDecay(4e-3, total_steps, alpha=0.1),
+            weight_decay=0.01,
+            clipnorm=1.0,
+        ),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=[
+            keras.metrics.SparseCategoricalCrossentropy(from_logits=True, name="nats")
+        ],
+    )
+    trainer.fit(
+        training_batches(train_text, rng),
+        steps_per_epoch=arguments.steps,
+        epochs=arguments.epochs,
+        shuffle=False,  # the windows are drawn at random already
+        verbose=1 if sys.stdout.isatty() else 2,  # a bar, or a line an epoch in a file
+    )
+
+    scores = trainer.evaluate(
+        *validation, batch_size=BATCH, verbose=0, return_dict=True
+    )
+    perplexity = float(np.exp(scores["nats"]))
+    unigram, bigram = ngram_perplexities(train_text, *validation)
+    print("\nPerplexity a byte on the held-out text")
+    print(f"  unigram               {unigram:6.2f}")
+    print(f"  bigram                {bigram:6.2f}")
+    print(f"  Mixture of Memories   {perplexity:6.2f}")
+
+    print("\nShare of tokens that went to each memory")
+    for index, layer in enumerate(layers):
+        shares = "  ".join(
+            f"{share:.1%}" for share in layer.routing_statistics["share"]
+        )
+        print(f"  layer {index}: {shares}")
+
+    states = [
+        tuple(keras.ops.convert_to_numpy(part) for part in layer.get_initial_state(1))
+        for layer in layers
+    ]
+    size = size_in_bytes(states)
+    text, states = write(writer, states, PROMPT, 400, rng)
+    print(f"\nState: {size:,} bytes before the first byte was read,")
+    print(f"       {size_in_bytes(states):,} bytes after {len(text)} were.\n")
+    print("\n".join("  | " + line for line in text.splitlines()))
+
+    trainer.save(arguments.out)
+    loaded = keras.models.load_model(arguments.out)
+    sample = validation[0][:BATCH]
+    difference = np.abs(
+        trainer.predict_on_batch(sample) - loaded.predict_on_batch(sample)
+    ).max()
+    print(f"\nSaved to {arguments.out} and loaded again;")
+    print(f"largest difference between the two models' outputs: {difference:.1e}")
+    if difference > 1e-5:
+        raise RuntimeError("the loaded model does not compute what the saved one does")
+    print(f"\nDone in {time.perf_counter() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

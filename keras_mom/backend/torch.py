@@ -1,0 +1,153 @@
+"""Loops, hand-written gradients and device facts on torch."""
+
+import contextlib
+
+import torch
+from keras import ops
+
+
+def scan(step, carry, inputs, reverse=False):
+    """Runs `step(carry, inputs[i]) -> (carry, output)` over the leading axis.
+
+    Args:
+        step: function of the carry and one slice of every input.
+        carry: tensor, the first carry.
+        inputs: tuple of tensors that share their leading axis.
+        reverse: whether to run from the last slice to the first. Outputs keep
+            the order of the inputs either way.
+
+    Returns:
+        The last carry, and the stacked outputs in a tuple.
+    """
+    slices = list(zip(*(x.unbind(0) for x in inputs)))
+    order = range(len(slices))
+    stacked = [None] * len(slices)
+    for position in reversed(order) if reverse else order:
+        carry, stacked[position] = step(carry, slices[position])
+    return carry, tuple(torch.stack(outputs) for outputs in zip(*stacked))
+
+
+class Differentiable:
+    """A function of tensors whose gradient is written by hand.
+
+    Both directions are custom operators, so that `torch.compile` sees one node and
+    does not unroll the loops inside.
+
+    Args:
+        name: identifier of the function, unique in the library.
+        forward: `forward(options, *tensors) -> tuple of tensors`. Tensors may be
+            None where the function allows it.
+        backward: `backward(options, tensors, outputs, gradients) -> tuple`, a
+            gradient (or None) for each of `tensors`. `gradients` holds one tensor
+            for each of `outputs`.
+        infer: `infer(options, *tensors) -> tuple of (shape, dtype)`, what
+            `forward` returns, for tracers that do not run it.
+
+    Outputs that a caller drops may serve as residuals of the backward pass.
+    `options` must be a hashable value of strings, numbers, booleans and tuples.
+    """
+
+    def __init__(self, name, forward, backward, infer):
+        self.name = name
+        self.forward = forward
+        self.backward = backward
+        self.infer = infer
+        self.options = []
+        self._forward = self._register_forward()
+        self._backward = self._register_backward()
+        self._forward.register_autograd(
+            self._autograd_backward, setup_context=self._setup_context
+        )
+
+    def __call__(self, options, *tensors):
+        present = tuple(tensor is not None for tensor in tensors)
+        key = (options, present)
+        if key not in self.options:
+            self.options.append(key)
+        values = [tensor for tensor in tensors if tensor is not None]
+        return tuple(self._forward(values, self.options.index(key)))
+
+    def _restore(self, values, key):
+        options, present = self.options[key]
+        values = iter(values)
+        return options, [next(values) if there else None for there in present]
+
+    def _register_forward(self):
+        @torch.library.custom_op(
+            f"keras_mom::{self.name}",
+            mutates_args=(),
+            schema="(Tensor[] tensors, int key) -> Tensor[]",
+        )
+        def forward(tensors, key):
+            options, tensors = self._restore(tensors, key)
+            return list(self.forward(options, *tensors))
+
+        @forward.register_fake
+        def _(tensors, key):
+            options, restored = self._restore(tensors, key)
+            return [
+                tensors[0].new_empty(shape, dtype=getattr(torch, dtype))
+                for shape, dtype in self.infer(options, *restored)
+            ]
+
+        return forward
+
+    def _register_backward(self):
+        @torch.library.custom_op(
+            f"keras_mom::{self.name}_backward",
+            mutates_args=(),
+            schema=(
+                "(Tensor[] tensors, Tensor[] outputs, Tensor[] gradients, int key)"
+                " -> Tensor[]"
+            ),
+        )
+        def backward(tensors, outputs, gradients, key):
+            options, restored = self._restore(tensors, key)
+            grads = self.backward(options, restored, outputs, gradients)
+            return [
+                grad.contiguous()
+                for tensor, grad in zip(restored, grads)
+                if tensor is not None and tensor.is_floating_point()
+            ]
+
+        @backward.register_fake
+        def _(tensors, outputs, gradients, key):
+            return [torch.empty_like(t) for t in tensors if t.is_floating_point()]
+
+        return backward
+
+    @staticmethod
+    def _setup_context(ctx, inputs, output):
+        tensors, ctx.key = inputs
+        ctx.count = len(tensors)
+        ctx.save_for_backward(*tensors, *output)
+
+    def _autograd_backward(self, ctx, gradients):
+        saved = ctx.saved_tensors
+        tensors, outputs = list(saved[: ctx.count]), list(saved[ctx.count :])
+        gradients = [
+            torch.zeros_like(output) if gradient is None else gradient
+            for output, gradient in zip(outputs, gradients)
+        ]
+        grads = iter(self._backward(tensors, outputs, gradients, ctx.key))
+        return [next(grads) if t.is_floating_point() else None for t in tensors], None
+
+
+def full_precision():
+    """Context in which a float32 product is not rounded; torch's default."""
+    return contextlib.nullcontext()
+
+
+def accelerator():
+    """`"cuda"`, `"mps"` or another device type; None on a CPU."""
+    kind = ops.zeros(()).device.type
+    return None if kind in ("cpu", "meta") else kind
+
+
+def is_concrete(tensor):
+    """Whether the values of `tensor` can be read here without a device sync."""
+    return (
+        tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not isinstance(tensor, torch._subclasses.FakeTensor)
+    )

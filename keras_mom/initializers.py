@@ -1,0 +1,85 @@
+"""Initializers of the layers' weights."""
+
+import math
+
+import keras
+from keras import ops
+
+
+@keras.saving.register_keras_serializable("keras_mom")
+class Blocks(keras.initializers.Initializer):
+    """Draws equal blocks side by side, each as a kernel of its own.
+
+    The kernel of a projection for M memories holds M kernels `[D, units]`. Each is
+    drawn with the fans, and from the seed, of its own.
+
+    Args:
+        initializer: initializer of one block.
+        count: number of blocks along the last axis.
+    """
+
+    def __init__(self, initializer, count):
+        self.initializer = keras.initializers.get(initializer)
+        self.count = count
+
+    def __call__(self, shape, dtype=None):
+        block = (*shape[:-1], shape[-1] // self.count)
+        return ops.concatenate(
+            [self._of_block(i)(block, dtype=dtype) for i in range(self.count)], axis=-1
+        )
+
+    def _of_block(self, index):
+        config = getattr(self.initializer, "get_config", dict)()
+        seed = config.get("seed")
+        if not isinstance(seed, int):
+            return self.initializer
+        return self.initializer.__class__.from_config({**config, "seed": seed + index})
+
+    def get_config(self):
+        return {
+            "initializer": keras.initializers.serialize(self.initializer),
+            "count": self.count,
+        }
+
+
+@keras.saving.register_keras_serializable("keras_mom")
+class LogUniform(keras.initializers.Initializer):
+    """Logarithm of values that are uniform in `(low, high)`.
+
+    `A_log` of Mamba-2 and of the gated delta rule (arXiv 2405.21060, 2412.06464).
+    """
+
+    def __init__(self, low, high, seed=None):
+        self.low = low
+        self.high = high
+        self.seed = seed
+        self._uniform = keras.initializers.RandomUniform(low, high, seed=seed)
+
+    def __call__(self, shape, dtype=None):
+        return ops.log(ops.maximum(self._uniform(shape, dtype=dtype), 1e-4))
+
+    def get_config(self):
+        return {"low": self.low, "high": self.high, "seed": self.seed}
+
+
+@keras.saving.register_keras_serializable("keras_mom")
+class InverseSoftplusLogUniform(keras.initializers.Initializer):
+    """Values whose softplus is log-uniform in `(low, high)`.
+
+    `dt_bias` of Mamba-2 and of the gated delta rule (arXiv 2405.21060, 2412.06464).
+    """
+
+    def __init__(self, low, high, seed=None):
+        self.low = low
+        self.high = high
+        self.seed = seed
+        self._uniform = keras.initializers.RandomUniform(
+            math.log(low), math.log(high), seed=seed
+        )
+
+    def __call__(self, shape, dtype=None):
+        step = ops.exp(self._uniform(shape, dtype=dtype))
+        return step + ops.log(-ops.expm1(-step))
+
+    def get_config(self):
+        return {"low": self.low, "high": self.high, "seed": self.seed}

@@ -1,0 +1,3 @@
+from keras_mom.layers.mom_layer import MoMLayer
+
+__all__ = ["MoMLayer"]

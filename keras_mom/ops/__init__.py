@@ -1,0 +1,13 @@
+"""Operations on tensors, each with one signature for all implementations."""
+
+from keras_mom.ops.memory_scan import memory_scan
+from keras_mom.ops.routing import RoutingStatistics, routing_statistics, top_k_routing
+from keras_mom.ops.short_convolution import short_convolution
+
+__all__ = [
+    "RoutingStatistics",
+    "memory_scan",
+    "routing_statistics",
+    "short_convolution",
+    "top_k_routing",
+]

@@ -1,0 +1,88 @@
+"""Routing: which memories a token goes to, with what weight, and how evenly."""
+
+from typing import NamedTuple
+
+from keras import ops
+
+
+def top_k_routing(probabilities, top_k):
+    """Picks the `top_k` most probable memories of each token.
+
+    Ties go to the lowest index on every backend. A token whose probabilities are not
+    numbers goes to the first `top_k` memories, with weights that are not numbers.
+
+    Source: arXiv 2502.13685, section 3.1.
+
+    Args:
+        probabilities: float `[B, T, M]`.
+        top_k: k, the number of memories a token, 1 to M.
+
+    Returns:
+        Weights, float `[B, T, k]`, which sum to 1, and memory indices, int32
+        `[B, T, k]`, most probable first.
+    """
+    memories = probabilities.shape[-1]
+    if not 1 <= top_k <= memories:
+        raise ValueError(
+            f"`top_k` must be between 1 and the number of memories, {memories}. "
+            f"Received: top_k={top_k}"
+        )
+    numbers = ops.where(ops.isnan(probabilities), -1.0, probabilities)
+    mine, other = numbers[..., :, None], numbers[..., None, :]
+    index = ops.arange(memories, dtype="int32")
+    lower = index[None, :] < index[:, None]
+    ahead = ops.logical_or(other > mine, ops.logical_and(other == mine, lower))
+    rank = ops.sum(ops.cast(ahead, "int32"), axis=-1)
+    # [B, T, k, M]: whether memory m is the j-th choice.
+    chosen = rank[..., None, :] == ops.arange(top_k, dtype="int32")[:, None]
+    indices = ops.sum(ops.where(chosen, index, 0), axis=-1)
+    picked = ops.sum(ops.where(chosen, probabilities[..., None, :], 0.0), axis=-1)
+    return picked / ops.sum(picked, axis=-1, keepdims=True), indices
+
+
+class RoutingStatistics(NamedTuple):
+    """How a batch was routed; masked tokens do not count.
+
+    Attributes:
+        share: float32 `[M]`, the share of all routed tokens in each memory; sums to 1.
+        entropy: float32 `[]`, mean entropy of the router's probabilities, in nats.
+        balance_loss: float32 `[]`, `M * sum_m f_m P_m / k` with `f_m` the fraction of
+            tokens routed to m and `P_m` its mean probability: 1 if perfectly even.
+    """
+
+    share: object
+    entropy: object
+    balance_loss: object
+
+
+def routing_statistics(probabilities, indices, mask=None):
+    """Computes `RoutingStatistics`.
+
+    The balance loss is that of the Switch Transformer (arXiv 2101.03961, equation 4).
+
+    Args:
+        probabilities: float32 `[B, T, M]`.
+        indices: int32 `[B, T, k]`.
+        mask: bool `[B, T]`, False at tokens that do not count, or None.
+    """
+    memories, top_k = probabilities.shape[-1], indices.shape[-1]
+    index = ops.arange(memories, dtype="int32")
+    routed = ops.sum(ops.cast(indices[..., None] == index, "float32"), axis=2)
+    entropy = -ops.sum(
+        probabilities * ops.log(ops.maximum(probabilities, 1e-30)), axis=-1
+    )
+    if mask is None:
+        valid = ops.ones_like(entropy)
+    else:
+        valid = ops.cast(mask, "float32")
+        # Not a product: a masked token may hold anything.
+        probabilities = ops.where(mask[..., None], probabilities, 0.0)
+        entropy = ops.where(mask, entropy, 0.0)
+    tokens = ops.maximum(ops.sum(valid), 1.0)
+    fraction = ops.sum(routed * valid[..., None], axis=(0, 1)) / tokens
+    mean_probability = ops.sum(probabilities, axis=(0, 1)) / tokens
+    return RoutingStatistics(
+        share=fraction / top_k,
+        entropy=ops.sum(entropy) / tokens,
+        balance_loss=memories * ops.sum(fraction * mean_probability) / top_k,
+    )

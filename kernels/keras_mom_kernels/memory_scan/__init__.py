@@ -1,0 +1,1 @@
+"""The memory scan: reference, and the cases that every implementation is held to."""
