@@ -21,7 +21,9 @@ def scan(step, carry, inputs, reverse=False):
     length = tf.shape(inputs[0])[0]
     static_length = inputs[0].shape[0]
     # One step, traced for its output types only.
-    probe = tf.function(lambda carry, slices: step(carry, slices)[1]).get_concrete_function(
+    probe = tf.function(
+        lambda carry, slices: step(carry, slices)[1]
+    ).get_concrete_function(
         tf.TensorSpec(carry.shape, carry.dtype),
         tuple(tf.TensorSpec(x.shape[1:], x.dtype) for x in inputs),
     )

@@ -239,7 +239,9 @@ class MoMLayer(ProjectionsMixin, keras.layers.Layer):
                     initializer=keras.initializers.RandomUniform(-bound, bound),
                     name=f"{name}_convolution",
                 )
-                for name, channels in zip(("query", "key", "value"), self.sizes.channels)
+                for name, channels in zip(
+                    ("query", "key", "value"), self.sizes.channels
+                )
             ]
         self.norm_scale = self.add_weight(
             shape=(self.value_dim,), initializer="ones", name="norm_scale"
@@ -423,8 +425,7 @@ class MoMLayer(ProjectionsMixin, keras.layers.Layer):
         inputs = ops.cast(ops.convert_to_tensor(inputs), self.compute_dtype)
         if len(inputs.shape) != 3:
             raise ValueError(
-                "`inputs` must have shape [B, T, D]. "
-                f"Received: {tuple(inputs.shape)}"
+                f"`inputs` must have shape [B, T, D]. Received: {tuple(inputs.shape)}"
             )
         if not self.built:
             self.build(inputs.shape)

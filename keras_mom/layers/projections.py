@@ -24,7 +24,9 @@ class ProjectionsMixin:
         return [layer for layer in layers if layer is not None]
 
     def _all_projections(self):
-        rule = [x for x in self.update_rule._layers if isinstance(x, keras.layers.Dense)]
+        rule = [
+            x for x in self.update_rule._layers if isinstance(x, keras.layers.Dense)
+        ]
         return self._projections() + rule
 
     def enable_lora(

@@ -197,9 +197,7 @@ def channel_pairs_gradient(
 def diagonal_blocks(matrix, size):
     """`[..., C, C]` to its diagonal blocks, `[..., C / size, size, size]`."""
     starts = range(0, matrix.shape[-1], size)
-    return ops.stack(
-        [matrix[..., i : i + size, i : i + size] for i in starts], axis=-3
-    )
+    return ops.stack([matrix[..., i : i + size, i : i + size] for i in starts], axis=-3)
 
 
 def corner_blocks(matrix, size):

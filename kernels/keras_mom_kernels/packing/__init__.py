@@ -1,0 +1,1 @@
+"""Packing of each memory's tokens: reference."""

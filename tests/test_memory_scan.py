@@ -1,0 +1,5 @@
+from contracts.memory_scan import MemoryScanContract
+
+
+class TestPortable(MemoryScanContract):
+    implementation = "portable"
