@@ -26,18 +26,18 @@ VOCABULARY = 256  # bytes
 WIDTH = 128
 LAYERS = 2
 WINDOW = 256  # bytes in a training example
-BATCH = 16
+BATCH = 8
+HELD_OUT = 25 * BATCH * WINDOW  # bytes
 PROMPT = '''def read_lines(path):
     """'''
 
 
-def read_corpus(limit=3_000_000):
-    """The top-level modules of the standard library: (training, validation) bytes."""
+def read_corpus(limit=2_000_000):
+    """The top-level modules of the standard library: (training, held-out) bytes."""
     folder = pathlib.Path(sysconfig.get_paths()["stdlib"])
     text = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
     text = np.frombuffer(text[:limit], dtype="uint8").astype("int32")
-    split = len(text) * 19 // 20
-    return text[:split], text[split:]
+    return text[: -HELD_OUT - 1], text[-HELD_OUT - 1 :]
 
 
 def training_batches(text, rng):
@@ -48,21 +48,23 @@ def training_batches(text, rng):
         yield windows[:, :-1], windows[:, 1:]
 
 
-def validation_windows(text):
-    """The whole text as windows that do not overlap."""
-    length = (len(text) - 1) // WINDOW * WINDOW
-    return text[:length].reshape(-1, WINDOW), text[1 : length + 1].reshape(-1, WINDOW)
-
-
-def ngram_perplexities(text, inputs, targets):
-    """Unigram (add-one) and bigram (smoothed by the unigram) perplexity a byte."""
+def ngram_probabilities(text, inputs, targets):
+    """Of each target, by a unigram (add-one) and a bigram model of the text."""
     unigram = np.bincount(text, minlength=VOCABULARY) + 1.0
     unigram /= unigram.sum()
     pairs = np.bincount(text[:-1] * VOCABULARY + text[1:], minlength=VOCABULARY**2)
-    pairs = pairs.reshape(VOCABULARY, VOCABULARY) + unigram
+    pairs = pairs.reshape(VOCABULARY, VOCABULARY) + unigram  # smoothed by the unigram
     bigram = pairs / pairs.sum(axis=-1, keepdims=True)
-    chances = unigram[targets], bigram[inputs, targets]
-    return [float(np.exp(-np.log(chance).mean())) for chance in chances]
+    return unigram[targets], bigram[inputs, targets]
+
+
+def softmax(logits):
+    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+
+
+def perplexity(probabilities):
+    return float(np.exp(-np.log(probabilities).mean()))
 
 
 def build_models():
@@ -112,12 +114,11 @@ def build_models():
 def write(writer, states, prompt, length, rng, temperature=0.5):
     """Continues the prompt a byte at a time. All that is carried on is the state."""
     text = list(prompt.encode())
-    logits, states = writer.predict_on_batch((np.array([text], "int32"), states))
-    for _ in range(length):
-        scores = logits[0, -1].astype("float64") / temperature
-        chances = np.exp(scores - scores.max())
-        text.append(int(rng.choice(VOCABULARY, p=chances / chances.sum())))
-        token = np.array([text[-1:]], "int32")
+    for position in range(len(text) + length):
+        if position == len(text):
+            chances = softmax(logits[0, 0].astype("float64") / temperature)
+            text.append(int(rng.choice(VOCABULARY, p=chances)))
+        token = np.array([[text[position]]], "int32")
         logits, states = writer.predict_on_batch((token, states))
     return bytes(text).decode(errors="replace"), states
 
@@ -128,8 +129,8 @@ def size_in_bytes(states):
 
 def main():
     parser = argparse.ArgumentParser(description="Train a small MoM language model.")
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=100, help="steps in an epoch")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=50, help="steps in an epoch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="quickstart.keras", help="where to save")
     arguments = parser.parse_args()
@@ -137,10 +138,10 @@ def main():
     keras.utils.set_random_seed(arguments.seed)
     rng = np.random.default_rng(arguments.seed)
 
-    train_text, validation_text = read_corpus()
-    validation = validation_windows(validation_text)
+    text, held_out = read_corpus()
+    inputs, targets = (x.reshape(-1, WINDOW) for x in (held_out[:-1], held_out[1:]))
     print(f"Keras {keras.__version__} on {keras.config.backend()}")
-    print(f"{len(train_text):,} bytes to learn from, {len(validation_text):,} held out")
+    print(f"{len(text):,} bytes to learn from, {HELD_OUT:,} held out")
 
     trainer, writer, layers = build_models()
     print(f"{trainer.count_params():,} parameters\n")
@@ -152,27 +153,22 @@ def main():
             clipnorm=1.0,
         ),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=[
-            keras.metrics.SparseCategoricalCrossentropy(from_logits=True, name="nats")
-        ],
     )
     trainer.fit(
-        training_batches(train_text, rng),
+        training_batches(text, rng),
         steps_per_epoch=arguments.steps,
         epochs=arguments.epochs,
         shuffle=False,  # the windows are drawn at random already
         verbose=1 if sys.stdout.isatty() else 2,  # a bar, or a line an epoch in a file
     )
 
-    scores = trainer.evaluate(
-        *validation, batch_size=BATCH, verbose=0, return_dict=True
-    )
-    perplexity = float(np.exp(scores["nats"]))
-    unigram, bigram = ngram_perplexities(train_text, *validation)
+    logits = trainer.predict(inputs, batch_size=BATCH, verbose=0)
+    model = np.take_along_axis(softmax(logits), targets[..., None], axis=-1)
+    unigram, bigram = ngram_probabilities(text, inputs, targets)
     print("\nPerplexity a byte on the held-out text")
-    print(f"  unigram               {unigram:6.2f}")
-    print(f"  bigram                {bigram:6.2f}")
-    print(f"  Mixture of Memories   {perplexity:6.2f}")
+    print(f"  unigram              {perplexity(unigram):6.2f}")
+    print(f"  bigram               {perplexity(bigram):6.2f}")
+    print(f"  Mixture of Memories  {perplexity(model):6.2f}")
 
     print("\nShare of tokens that went to each memory")
     for index, layer in enumerate(layers):
@@ -186,17 +182,14 @@ def main():
         for layer in layers
     ]
     size = size_in_bytes(states)
-    text, states = write(writer, states, PROMPT, 400, rng)
+    written, states = write(writer, states, PROMPT, 400, rng)
     print(f"\nState: {size:,} bytes before the first byte was read,")
-    print(f"       {size_in_bytes(states):,} bytes after {len(text)} were.\n")
-    print("\n".join("  | " + line for line in text.splitlines()))
+    print(f"       {size_in_bytes(states):,} bytes after {len(written)} were.\n")
+    print("\n".join("  | " + line for line in written.splitlines()))
 
     trainer.save(arguments.out)
     loaded = keras.models.load_model(arguments.out)
-    sample = validation[0][:BATCH]
-    difference = np.abs(
-        trainer.predict_on_batch(sample) - loaded.predict_on_batch(sample)
-    ).max()
+    difference = np.abs(loaded.predict_on_batch(inputs[:BATCH]) - logits[:BATCH]).max()
     print(f"\nSaved to {arguments.out} and loaded again;")
     print(f"largest difference between the two models' outputs: {difference:.1e}")
     if difference > 1e-5:

@@ -52,9 +52,7 @@ def _to_tensors(arrays):
 
 def _to_numpy(tensors):
     return tuple(
-        ops.convert_to_numpy(
-            ops.cast(x, "float32") if "float" in str(x.dtype) else x
-        )
+        ops.convert_to_numpy(ops.cast(x, "float32") if "float" in str(x.dtype) else x)
         for x in tensors
     )
 
@@ -80,7 +78,9 @@ def _jax_gradients(function):
     import jax
 
     def run(floats, others, cotangents):
-        outputs, pull_back = jax.vjp(lambda floats: function(**floats, **others), floats)
+        outputs, pull_back = jax.vjp(
+            lambda floats: function(**floats, **others), floats
+        )
         return outputs, pull_back(_like(cotangents, outputs))[0]
 
     return jax.jit(run, compiler_options=_QUICK)

@@ -2,7 +2,9 @@
 
 Each module of this package offers the same five names for one Keras backend:
 
-- `scan(step, carry, inputs, reverse)`: a loop without a gradient of its own;
+- `scan(step, carry, length, reverse)`: a loop without a gradient of its own. `step`
+  takes a carry and an index, and returns a carry and a tuple of tensors, which are
+  joined along their second axis, in the order of the index;
 - `Differentiable(name, forward, backward, infer)`: a function with a gradient
   written by hand;
 - `full_precision()`: a context in which float32 products are float32 products;

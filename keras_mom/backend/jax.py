@@ -3,20 +3,17 @@
 import jax
 
 
-def scan(step, carry, inputs, reverse=False):
-    """Runs `step(carry, inputs[i]) -> (carry, output)` over the leading axis.
+def scan(step, carry, length, reverse=False):
+    """See `keras_mom.backend`."""
+    carry, outputs = jax.lax.scan(
+        step, carry, jax.numpy.arange(length, dtype="int32"), reverse=reverse
+    )
 
-    Args:
-        step: function of the carry and one slice of every input.
-        carry: tensor, the first carry.
-        inputs: tuple of tensors that share their leading axis.
-        reverse: whether to run from the last slice to the first. Outputs keep
-            the order of the inputs either way.
+    def joined(x):
+        x = jax.numpy.swapaxes(x, 0, 1)
+        return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])
 
-    Returns:
-        The last carry, and the stacked outputs in a tuple.
-    """
-    return jax.lax.scan(step, carry, inputs, reverse=reverse)
+    return carry, tuple(joined(x) for x in outputs)
 
 
 class Differentiable:

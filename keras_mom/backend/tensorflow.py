@@ -5,27 +5,12 @@ import contextlib
 import tensorflow as tf
 
 
-def scan(step, carry, inputs, reverse=False):
-    """Runs `step(carry, inputs[i]) -> (carry, output)` over the leading axis.
-
-    Args:
-        step: function of the carry and one slice of every input.
-        carry: tensor, the first carry.
-        inputs: tuple of tensors that share their leading axis.
-        reverse: whether to run from the last slice to the first. Outputs keep
-            the order of the inputs either way.
-
-    Returns:
-        The last carry, and the stacked outputs in a tuple.
-    """
-    length = tf.shape(inputs[0])[0]
-    static_length = inputs[0].shape[0]
-    # One step, traced for its output types only.
-    probe = tf.function(
-        lambda carry, slices: step(carry, slices)[1]
-    ).get_concrete_function(
-        tf.TensorSpec(carry.shape, carry.dtype),
-        tuple(tf.TensorSpec(x.shape[1:], x.dtype) for x in inputs),
+def scan(step, carry, length, reverse=False):
+    """See `keras_mom.backend`."""
+    # One step is traced for the types of its outputs.
+    probe = tf.function(lambda carry, index: step(carry, index)[1])
+    probe = probe.get_concrete_function(
+        tf.TensorSpec(carry.shape, carry.dtype), tf.TensorSpec((), "int32")
     )
     arrays = tuple(
         tf.TensorArray(output.dtype, size=length, element_shape=output.shape)
@@ -34,7 +19,7 @@ def scan(step, carry, inputs, reverse=False):
 
     def body(index, carry, arrays):
         position = length - 1 - index if reverse else index
-        carry, outputs = step(carry, tuple(x[position] for x in inputs))
+        carry, outputs = step(carry, position)
         arrays = tuple(a.write(position, o) for a, o in zip(arrays, outputs))
         return index + 1, carry, arrays
 
@@ -44,10 +29,20 @@ def scan(step, carry, inputs, reverse=False):
         (tf.constant(0), carry, arrays),
         maximum_iterations=length,
     )
-    outputs = tuple(array.stack() for array in arrays)
-    for output in outputs:
-        output.set_shape([static_length, *output.shape[1:]])
-    return carry, outputs
+
+    def joined(array, output):
+        x = array.stack()
+        x = tf.transpose(x, (1, 0, *range(2, len(x.shape))))
+        shape = tf.shape(x)
+        shape = tf.concat([shape[:1], shape[1:2] * shape[2:3], shape[3:]], 0)
+        total = None
+        if isinstance(length, int) and output.shape[1] is not None:
+            total = length * output.shape[1]
+        x = tf.reshape(x, shape)
+        x.set_shape([output.shape[0], total, *output.shape[2:]])
+        return x
+
+    return carry, tuple(joined(a, o) for a, o in zip(arrays, probe.outputs))
 
 
 class Differentiable:

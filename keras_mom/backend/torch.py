@@ -6,25 +6,12 @@ import torch
 from keras import ops
 
 
-def scan(step, carry, inputs, reverse=False):
-    """Runs `step(carry, inputs[i]) -> (carry, output)` over the leading axis.
-
-    Args:
-        step: function of the carry and one slice of every input.
-        carry: tensor, the first carry.
-        inputs: tuple of tensors that share their leading axis.
-        reverse: whether to run from the last slice to the first. Outputs keep
-            the order of the inputs either way.
-
-    Returns:
-        The last carry, and the stacked outputs in a tuple.
-    """
-    slices = list(zip(*(x.unbind(0) for x in inputs)))
-    order = range(len(slices))
-    stacked = [None] * len(slices)
-    for position in reversed(order) if reverse else order:
-        carry, stacked[position] = step(carry, slices[position])
-    return carry, tuple(torch.stack(outputs) for outputs in zip(*stacked))
+def scan(step, carry, length, reverse=False):
+    """See `keras_mom.backend`."""
+    outputs = [None] * length
+    for index in reversed(range(length)) if reverse else range(length):
+        carry, outputs[index] = step(carry, index)
+    return carry, tuple(torch.cat(x, dim=1) for x in zip(*outputs))
 
 
 class Differentiable:

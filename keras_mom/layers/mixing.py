@@ -9,7 +9,7 @@ from typing import NamedTuple
 from keras import ops
 
 from keras_mom.ops.dispatch import dispatch
-from keras_mom.ops.memory_scan import AlignedSegments, chunk_size
+from keras_mom.ops.memory_scan import BLOCK_SIZE, AlignedSegments, chunk_size
 from keras_mom.ops.packing import Documents, Packing
 from keras_mom.ops.rows import gather_rows, sum_rows
 from keras_mom.ops.short_convolution import short_convolution
@@ -91,7 +91,7 @@ def mix_sequence(
     length = ops.shape(indices)[1]
     size = chunk_size(length)
     packing = Packing(
-        indices, sizes.num_memories, sizes.shared, mask, sizes.history, size
+        indices, sizes.num_memories, sizes.shared, mask, sizes.history, size, BLOCK_SIZE
     )
     documents = None
     if segment_ids is not None:

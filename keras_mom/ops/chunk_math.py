@@ -9,7 +9,7 @@ import numpy as np
 from keras import ops
 
 # exp(-1000) and everything below it is exactly 0 in float32.
-_LOWEST_LOG_DECAY = -1000.0
+LOWEST_LOG_DECAY = -1000.0
 # Sums of a chunk's coarse parts, multiples of this quantum, are exact in float32.
 _QUANTUM = 2.0**-8
 
@@ -17,6 +17,25 @@ _QUANTUM = 2.0**-8
 def transposed(x):
     """Swaps the last two axes."""
     return ops.swapaxes(x, -1, -2)
+
+
+def optional_product(x, factor):
+    """`x * factor`, or `x` where the factor is None."""
+    return x if factor is None else x * factor
+
+
+def split_chunks(x, size):
+    """`[B, T, H, ...]` to `[B, T / C, H, C, ...]`."""
+    shape = ops.shape(x)
+    x = ops.reshape(x, (shape[0], shape[1] // size, size, *shape[2:]))
+    return ops.swapaxes(x, 2, 3)
+
+
+def merge_chunks(x):
+    """`[B, T / C, H, C, ...]` to `[B, T, H, ...]`."""
+    x = ops.swapaxes(x, 2, 3)
+    shape = ops.shape(x)
+    return ops.reshape(x, (shape[0], shape[1] * shape[2], *shape[3:]))
 
 
 def lower_mask(size, diagonal=0):
@@ -38,7 +57,7 @@ class CumulativeDecay:
 
     @classmethod
     def of(cls, log_decay, axis):
-        log_decay = ops.maximum(log_decay, _LOWEST_LOG_DECAY)
+        log_decay = ops.maximum(log_decay, LOWEST_LOG_DECAY)
         coarse = ops.floor(log_decay / _QUANTUM) * _QUANTUM
         return cls(
             ops.cumsum(coarse, axis=axis),
@@ -194,39 +213,38 @@ def channel_pairs_gradient(
     return left_gradient, right_gradient, log_decay_gradient
 
 
-def diagonal_blocks(matrix, size):
-    """`[..., C, C]` to its diagonal blocks, `[..., C / size, size, size]`."""
-    starts = range(0, matrix.shape[-1], size)
-    return ops.stack([matrix[..., i : i + size, i : i + size] for i in starts], axis=-3)
-
-
 def corner_blocks(matrix, size):
     """`[..., C, C]` to the lower left blocks of its diagonal blocks of `2 * size`."""
-    starts = range(0, matrix.shape[-1], 2 * size)
-    return ops.stack(
-        [matrix[..., i + size : i + 2 * size, i : i + size] for i in starts], axis=-3
-    )
+    shape = ops.shape(matrix)
+    count = shape[-1] // (2 * size)
+    if count == 1:
+        return matrix[..., None, size:, :size]
+    blocks = ops.reshape(matrix, (*shape[:-2], count, 2, size, count, 2, size))
+    blocks = blocks[..., 1, :, :, 0, :]
+    own = np.eye(count, dtype="float32")[:, None, :, None]
+    return ops.sum(blocks * ops.convert_to_tensor(own), axis=-2)
 
 
 def unit_lower_inverse(strict):
     """`(I + A)^-1` of a strictly lower triangular `A`, `[..., C, C]`, C a power of 2.
 
-    Row substitution in blocks of 8, then merges: the one form that keeps float32
-    accuracy when keys are correlated. A Neumann series over the whole chunk does not.
+    The inverses of two neighbouring diagonal blocks give that of their union, from
+    single entries up. This keeps float32 accuracy when keys are correlated; a Neumann
+    series over the whole chunk does not.
     """
-    size = min(8, strict.shape[-1])
-    blocks = diagonal_blocks(strict, size)
-    identity = ops.convert_to_tensor(np.eye(size, dtype="float32"))
-    rows = []
-    for i in range(size):
-        row = ops.broadcast_to(identity[i], ops.shape(blocks[..., i, :]))
-        for j in range(i):
-            row = row - blocks[..., i, j, None] * rows[j]
-        rows.append(row)
-    inverse = ops.stack(rows, axis=-2)
-    while size < strict.shape[-1]:
-        corner = ops.matmul(corner_blocks(strict, size), inverse[..., 0::2, :, :])
-        corner = -ops.matmul(inverse[..., 1::2, :, :], corner)
-        inverse = _join_blocks(inverse, corner)
-        size *= 2
+    size = strict.shape[-1]
+    inverse = ops.ones((*ops.shape(strict)[:-2], size, 1, 1), "float32")
+    for half in _levels(size):
+        corner = corner_blocks(strict, half)
+        if half > 1:
+            corner = _small_product(corner, inverse[..., 0::2, :, :])
+            corner = _small_product(inverse[..., 1::2, :, :], corner)
+        inverse = _join_blocks(inverse, -corner)
     return inverse[..., 0, :, :]
+
+
+def _small_product(left, right):
+    """Matrix product; spelled out where a call a matrix would cost more than it."""
+    if left.shape[-1] >= 8:
+        return ops.matmul(left, right)
+    return ops.sum(left[..., :, :, None] * right[..., None, :, :], axis=-2)

@@ -11,7 +11,8 @@ from keras_mom.ops.chunked_scan import ScanOptions, chunked_scan
 from keras_mom.ops.dispatch import dispatch, register
 from keras_mom.ops.rows import gather_rows
 
-CHUNK_SIZE = 64
+CHUNK_SIZE = int(__import__("os").environ.get("MOM_C", 64))
+BLOCK_SIZE = int(__import__("os").environ.get("MOM_G", 8))
 
 
 class AlignedSegments(NamedTuple):
@@ -145,7 +146,7 @@ def _portable(
         for x in (query, key, value, log_decay, beta)
     ]
     size = chunk_size(query.shape[1]) if aligned is None else aligned.chunk_size
-    options = ScanOptions(write, erase_before_decay, size, float(scale))
+    options = ScanOptions(write, erase_before_decay, size, BLOCK_SIZE, float(scale))
     if aligned is not None:
         output, state = chunked_scan(
             options,
@@ -188,7 +189,7 @@ def _single_step(options, query, key, value, log_decay, beta, state):
 def _padded(options, tensors, initial_state):
     """One sequence a batch row: rows are added up to a whole chunk."""
     length = ops.shape(tensors[0])[1]
-    missing = -length % options.chunk_size
+    missing = -length % (options.chunk_size * options.block_size)
 
     def pad(x):
         if x is None or (isinstance(missing, int) and missing == 0):
@@ -209,6 +210,7 @@ def _packed(options, tensors, cu_seqlens, initial_state):
     rows = ops.shape(tensors[0])[1]
     segments = cu_seqlens.shape[0] - 1
     chunks = (rows + segments * (size - 1)) // size
+    chunks = -(-chunks // options.block_size) * options.block_size
     starts, lengths = cu_seqlens[:-1], cu_seqlens[1:] - cu_seqlens[:-1]
     offsets = ops.cumsum((lengths + (size - 1)) // size)
     offsets = ops.pad(offsets, [[1, 0]])

@@ -25,6 +25,7 @@ class Packing:
         mask: bool `[B, T]`, False at tokens that touch nothing, or None.
         history: W, rows kept free in front of each memory's tokens.
         chunk_size: C.
+        block_size: the number of chunks a batch row is a multiple of this.
 
     Attributes:
         position: int32 `[B, T, M]`, the row of token t in memory m, else -1.
@@ -37,9 +38,9 @@ class Packing:
         chunk_offsets: int32 `[B, M + 1]`, in the sense of `chunked_scan`.
     """
 
-    def __init__(self, indices, num_memories, shared, mask, history, chunk_size):
+    def __init__(self, indices, num_memories, shared, mask, history, chunk_size, block_size=1):
         batch, length, top_k = ops.shape(indices)
-        self.history, self.chunk_size = history, chunk_size
+        self.history, self.chunk_size, self.block_size = history, chunk_size, block_size
         self.num_memories = num_memories + shared
         chunks = self._chunk_count(length, top_k, num_memories, shared)
         self.rows = chunks * chunk_size
@@ -78,7 +79,8 @@ class Packing:
         routed = (length * top_k + num_memories * (history + size - 1)) // size
         if isinstance(length, int):
             routed = min(routed, num_memories * whole)
-        return routed + shared * whole
+        chunks = routed + shared * whole
+        return -(-chunks // self.block_size) * self.block_size
 
     def _slots(self, batch, length):
         slots = length * self.targets.shape[2]

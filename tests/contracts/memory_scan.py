@@ -31,7 +31,8 @@ from keras_mom_kernels.memory_scan.shapes import (
 EVERY_RULE = pytest.mark.parametrize("rule", RULES, ids=rule_name)
 DELTA = ("head", "delta", False)
 SOME_RULES = pytest.mark.parametrize(
-    "rule", [("none", "additive", False), DELTA, ("channel", "delta", True)],
+    "rule",
+    [("none", "additive", False), DELTA, ("channel", "delta", True)],
     ids=rule_name,
 )
 

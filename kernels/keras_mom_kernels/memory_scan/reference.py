@@ -34,17 +34,22 @@ def memory_scan(
         borders = [int(border) for border in cu_seqlens]
         sequences = [(0, *borders[i : i + 2]) for i in range(len(borders) - 1)]
 
-    outputs = [[None] * length for _ in range(batch)]
-    states = []
     empty = xp.zeros((heads, key_dim, value.shape[-1]), dtype=query.dtype)
+    outputs = [[empty[:, 0]] * length for _ in range(batch)]
+    states = []
     for sequence, (row, start, end) in enumerate(sequences):
         state = empty if initial_state is None else initial_state[sequence]
-        for t in range(start, end):
-            q, k, v = query[row, t], key[row, t], value[row, t]
+
+        def tokens(x, row=row, start=start, end=end):
+            # Iterating, not indexing: on torch the gradient of an index is as large
+            # as what is indexed.
+            return [None] * (end - start) if x is None else list(x[row, start:end])
+
+        steps = zip(*map(tokens, (query, key, value, log_decay, beta)))
+        for t, (q, k, v, g, b) in enumerate(steps, start):
             # 1. Decay.
             decayed = state
-            if log_decay is not None:
-                g = log_decay[row, t]
+            if g is not None:
                 g = g[:, None] if len(g.shape) == 1 else g
                 decayed = xp.exp(g)[:, :, None] * state
             # 2. Read what the key holds.
@@ -52,12 +57,10 @@ def memory_scan(
                 read_from = state if erase_before_decay else decayed
                 v = v - xp.einsum("hk,hkv->hv", k, read_from)
             # 3. Write.
-            if beta is not None:
-                v = beta[row, t][:, None] * v
+            if b is not None:
+                v = b[:, None] * v
             state = decayed + k[:, :, None] * v[:, None, :]
             # 4. Read what the query asks for.
             outputs[row][t] = scale * xp.einsum("hk,hkv->hv", q, state)
         states.append(state)
-    zero = empty[:, 0]
-    rows = [xp.stack([zero if o is None else o for o in row]) for row in outputs]
-    return xp.stack(rows), xp.stack(states)
+    return xp.stack([xp.stack(row) for row in outputs]), xp.stack(states)

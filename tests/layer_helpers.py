@@ -1,0 +1,224 @@
+"""Layers with fixed weights, and their calls and gradients, alike on every backend."""
+
+import weakref
+
+import keras
+import numpy as np
+
+import keras_mom
+
+BACKEND = keras.backend.backend()
+
+if BACKEND == "jax":
+    import jax
+elif BACKEND == "torch":
+    import torch
+
+    # Threads cost more than they give at these sizes, most of all under pytest-xdist.
+    torch.set_num_threads(1)
+else:
+    import tensorflow as tf
+
+# Compiled functions by layer: eager JAX compiles operation by operation.
+_COMPILED = weakref.WeakKeyDictionary()
+_FAST_COMPILE = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}
+
+
+def make_layer(width=12, batch=None, seed=0, **kwargs):
+    """A built `MoMLayer` with the same weights on every backend."""
+    kwargs = {"num_heads": 2, "key_dim": 6, "value_dim": 10, **kwargs}
+    layer = keras_mom.MoMLayer(**kwargs)
+    layer.build((batch, None, width))
+    set_weights(layer, seed)
+    return layer
+
+
+def set_weights(layer, seed=0):
+    """Random weights at which every part of the layer matters."""
+    rng = np.random.default_rng(seed)
+    for name, variable in variables_of(layer).items():
+        value = rng.normal(size=variable.shape)
+        if name == "norm_scale":
+            value = 1 + 0.3 * value
+        elif name == "dt_bias":
+            value = -1 + 0.5 * value
+        elif name == "A_log":
+            value = 0.5 * value
+        elif "convolution" in name:
+            value = 0.6 * value
+        elif name == "router":
+            value = value * 2 / np.sqrt(variable.shape[0])
+        else:
+            value = value / np.sqrt(variable.shape[0])
+        variable.assign(value.astype("float32"))
+
+
+def variables_of(layer):
+    """The trainable variables of a layer by the names of the reference."""
+    variables = {
+        "router": layer.router.kernel,
+        "query": layer.query_projection.kernel,
+        "key": layer.key_projection.kernel,
+        "value": layer.value_projection.kernel,
+        "output": layer.output_projection.kernel,
+        "norm_scale": layer.norm_scale,
+    }
+    if layer.gate_projection is not None:
+        variables["gate"] = layer.gate_projection.kernel
+    if layer.convolution_kernels is not None:
+        for name, kernel in zip(("query", "key", "value"), layer.convolution_kernels):
+            variables[f"{name}_convolution"] = kernel
+    if isinstance(layer.update_rule, keras_mom.rules.GatedDeltaNet):
+        variables["decay"] = layer.update_rule.decay_projection.kernel
+        variables["write_strength"] = layer.update_rule.write_strength_projection.kernel
+        variables["A_log"] = layer.update_rule.a_log
+        variables["dt_bias"] = layer.update_rule.dt_bias
+    return variables
+
+
+def tokens(*shape, seed=1):
+    """Standard normal float32 values."""
+    return np.random.default_rng(seed).normal(size=shape).astype("float32")
+
+
+def to_numpy(tree):
+    """Tensors to NumPy arrays, floats as float32."""
+
+    def convert(x):
+        if keras.backend.is_float_dtype(keras.backend.standardize_dtype(x.dtype)):
+            x = keras.ops.cast(x, "float32")
+        return np.array(keras.ops.convert_to_numpy(x))
+
+    return keras.tree.map_structure(convert, tree)
+
+
+def call(layer, inputs, training=False, **kwargs):
+    """Calls a layer and returns NumPy arrays; compiled once a shape on JAX and TF."""
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    if BACKEND == "torch":
+        with torch.no_grad():
+            kwargs = keras.tree.map_structure(keras.ops.convert_to_tensor, kwargs)
+            inputs = keras.ops.convert_to_tensor(inputs)
+            return to_numpy(layer(inputs, training=training, **kwargs))
+    functions = _COMPILED.setdefault(layer, {})
+    if training not in functions:
+        # A strong reference from the function would keep the layer alive.
+        functions[training] = _compile_call(weakref.ref(layer), training)
+    if BACKEND == "tensorflow":
+        return to_numpy(functions[training](inputs, kwargs))
+    outputs, values = functions[training](
+        [v.value for v in layer.trainable_variables],
+        [v.value for v in layer.non_trainable_variables],
+        inputs,
+        kwargs,
+    )
+    for variable, value in zip(layer.non_trainable_variables, values):
+        variable.assign(value)
+    return to_numpy(outputs)
+
+
+def _compile_call(layer, training):
+    if BACKEND == "tensorflow":
+        return tf.function(
+            lambda inputs, kwargs: layer()(inputs, training=training, **kwargs)
+        )
+
+    def function(trainable, non_trainable, inputs, kwargs):
+        return layer().stateless_call(
+            trainable, non_trainable, inputs, training=training, **kwargs
+        )
+
+    return jax.jit(function, compiler_options=_FAST_COMPILE)
+
+
+def evaluate(layer, inputs, cotangent, training=True, **kwargs):
+    """Calls a layer and differentiates `sum(output * cotangent)`.
+
+    The losses of the layer do not count, nor does its state.
+
+    Returns:
+        The outputs, the gradient of the inputs, and a dict of the gradients of
+        `variables_of(layer)`.
+    """
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    named = variables_of(layer)
+    values = [v.value for v in named.values()]
+    if BACKEND == "jax":
+        trainable = [v.value for v in layer.trainable_variables]
+        (_, outputs), (of_inputs, of_trainable) = _jax_gradient(layer, training)(
+            inputs, trainable, cotangent, kwargs
+        )
+        place = {id(v): i for i, v in enumerate(layer.trainable_variables)}
+        of_weights = [of_trainable[place[id(v)]] for v in named.values()]
+    elif BACKEND == "torch":
+        inputs = torch.tensor(inputs, requires_grad=True)
+        kwargs = keras.tree.map_structure(keras.ops.convert_to_tensor, kwargs)
+        outputs = layer(inputs, training=training, **kwargs)
+        loss = (first(outputs) * torch.tensor(cotangent)).sum()
+        of_inputs, *of_weights = torch.autograd.grad(
+            loss, [inputs, *values], allow_unused=True
+        )
+        outputs = keras.tree.map_structure(torch.detach, outputs)
+    else:
+        inputs = tf.convert_to_tensor(inputs)
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            outputs = layer(inputs, training=training, **kwargs)
+            loss = tf.reduce_sum(first(outputs) * cotangent)
+        of_inputs, *of_weights = tape.gradient(loss, [inputs, *values])
+    of_weights = {
+        name: np.zeros(v.shape, "float32") if g is None else to_numpy(g)
+        for (name, v), g in zip(named.items(), of_weights)
+    }
+    return to_numpy(outputs), to_numpy(of_inputs), of_weights
+
+
+def _jax_gradient(layer, training):
+    functions = _COMPILED.setdefault(layer, {})
+    if ("gradient", training) not in functions:
+        reference = weakref.ref(layer)
+
+        def loss(inputs, trainable, cotangent, kwargs):
+            layer = reference()
+            non_trainable = [v.value for v in layer.non_trainable_variables]
+            outputs, _ = layer.stateless_call(
+                trainable, non_trainable, inputs, training=training, **kwargs
+            )
+            return (first(outputs) * cotangent).sum(), outputs
+
+        functions["gradient", training] = jax.jit(
+            jax.value_and_grad(loss, argnums=(0, 1), has_aux=True),
+            compiler_options=_FAST_COMPILE,
+        )
+    return functions["gradient", training]
+
+
+def first(outputs):
+    """The output, without the state."""
+    return outputs[0] if isinstance(outputs, tuple | list) else outputs
+
+
+def relative_rms(actual, expected):
+    """Root mean square of the error over that of the expected values."""
+    actual, expected = np.asarray(actual, "float64"), np.asarray(expected, "float64")
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    scale = np.sqrt(np.mean(expected**2))
+    return float(np.sqrt(np.mean((actual - expected) ** 2)) / max(scale, 1e-30))
+
+
+def assert_close(actual, expected, limit):
+    """Holds the relative RMS error of each tensor of two trees to a limit."""
+    keras.tree.assert_same_structure(actual, expected)
+    pairs = zip(keras.tree.flatten(actual), keras.tree.flatten(expected))
+    for place, (a, e) in enumerate(pairs):
+        assert a.shape == e.shape
+        error = relative_rms(a, e) if np.any(e) else np.abs(a).max(initial=0)
+        assert error < limit, f"tensor {place}: error {error:.3e}, limit {limit:.0e}"
+
+
+def fit_model(model, x, y, **kwargs):
+    """`model.fit` without output, in the given order; returns the losses."""
+    return model.fit(x, y, shuffle=False, verbose=0, **kwargs).history["loss"]

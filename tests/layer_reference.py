@@ -1,0 +1,165 @@
+"""The MoM layer, token by token: what `keras_mom.MoMLayer` is held to.
+
+Runs in float64 on NumPy, and on torch (`xp=torch`) for gradients. Written from the
+equations of arXiv 2502.13685 and 2412.06464 alone: no packing, no chunks.
+"""
+
+import numpy as np
+
+from tests.layer_helpers import to_numpy, variables_of
+
+
+def weights_of(layer, xp=np):
+    """float64 copies of a layer's weights by name."""
+    weights = {}
+    for name, variable in variables_of(layer).items():
+        value = to_numpy(variable.value).astype("float64")
+        weights[name] = value if xp is np else xp.tensor(value, requires_grad=True)
+    return weights
+
+
+def mom_layer(
+    layer,
+    weights,
+    inputs,
+    *,
+    mask=None,
+    segment_ids=None,
+    initial_state=None,
+    indices=None,
+    rounded=lambda x: x,
+    xp=np,
+):
+    """Runs the layer over a batch.
+
+    Args:
+        layer: `MoMLayer`; only its sizes and settings are read.
+        weights: what `weights_of` gives.
+        inputs: float64 `[B, T, D]`, in the order of processing.
+        mask: bool `[B, T]` or None.
+        segment_ids: integer `[B, T]` or None.
+        initial_state: (memories, windows), or (memories,) without a convolution.
+        indices: `[B, T, k]`, to route as told; else the most probable memories.
+        rounded: what is done to each projection of a token: the rounding of a
+            compute dtype, or nothing.
+        xp: `numpy` or `torch`.
+
+    Returns:
+        Outputs `[B, T, D]` and the state.
+    """
+    outputs, states = [], []
+    for row in range(inputs.shape[0]):
+        state = empty_state(layer, xp)
+        if initial_state is not None:
+            state = [[x[row, m] for m in range(x.shape[1])] for x in initial_state]
+        document, row_outputs = None, []
+        for t in range(inputs.shape[1]):
+            if mask is not None and not mask[row, t]:
+                row_outputs.append(xp.zeros_like(inputs[row, t]))
+                continue
+            if segment_ids is not None:
+                if document is not None and segment_ids[row, t] != document:
+                    state = empty_state(layer, xp)
+                document = segment_ids[row, t]
+            fixed = None if indices is None else [int(i) for i in indices[row, t]]
+            token = inputs[row, t]
+            output, state = _step(layer, weights, token, state, fixed, rounded, xp)
+            row_outputs.append(output)
+        outputs.append(xp.stack(row_outputs))
+        states.append([xp.stack(list(x)) for x in state])
+    return xp.stack(outputs), tuple(xp.stack(list(x)) for x in zip(*states))
+
+
+def empty_state(layer, xp=np):
+    """Lists over memories: matrices `[H, K, V]`, and windows `[W, channels]`."""
+    count = layer.num_memories + layer.shared_memory
+    heads, key, value = layer.num_heads, layer.key_dim, layer.value_dim
+    state = [[xp.zeros((heads, key, value), dtype=xp.float64)] * count]
+    if layer.conv_width is not None:
+        shape = (layer.conv_width - 1, heads * (2 * key + value))
+        state.append([xp.zeros(shape, dtype=xp.float64)] * count)
+    return state
+
+
+def _step(layer, weights, x, state, indices, rounded, xp):
+    # 1. Router: the k most probable memories; ties go to the lowest index.
+    logits = x @ weights["router"]
+    exponentials = xp.exp(logits - logits.max())
+    probabilities = exponentials / exponentials.sum()
+    if indices is None:
+        order = range(layer.num_memories)
+        indices = sorted(order, key=lambda m: (-float(probabilities[m]), m))
+        indices = indices[: layer.top_k]
+    total = sum(probabilities[m] for m in indices)
+    visits = [(m, probabilities[m] / total) for m in indices]
+    if layer.shared_memory:
+        visits.append((layer.num_memories, 1.0))
+
+    # 2. to 5. Each memory projects, convolves, writes and reads; answers are mixed.
+    state = [list(x) for x in state]
+    mixed = 0.0
+    for memory, weight in visits:
+        answer = _visit(layer, weights, x, state, memory, rounded, xp)
+        mixed = mixed + weight * answer
+
+    # 7. RMS norm over each head's V channels, gate, output projection.
+    mean_square = (mixed**2).mean(-1)[:, None]
+    normalized = mixed / xp.sqrt(mean_square + layer.norm_epsilon)
+    output = (normalized * weights["norm_scale"]).reshape(-1)
+    if layer.use_output_gate:
+        output = output * _silu(rounded(x @ weights["gate"]), xp)
+    return output @ weights["output"], state
+
+
+def _visit(layer, weights, x, state, memory, rounded, xp):
+    """Writes a token into one memory, in place of the lists, and reads: `[H, V]`."""
+    heads, key_dim, value_dim = layer.num_heads, layer.key_dim, layer.value_dim
+    if layer.per_memory_projections:
+        place = memory
+    else:
+        place = 1 if memory == layer.num_memories else 0
+
+    def of_memory(name, width):
+        return rounded(x @ weights[name][:, place * width : (place + 1) * width])
+
+    raw = {
+        "query": rounded(x @ weights["query"]),
+        "key": of_memory("key", heads * key_dim),
+        "value": of_memory("value", heads * value_dim),
+    }
+    # 3. The convolution runs over this memory's own tokens.
+    if layer.conv_width is not None:
+        newest = xp.concatenate([raw["query"], raw["key"], raw["value"]])
+        window = xp.concatenate([state[1][memory], newest[None]])
+        state[1][memory] = window[1:]
+        kernel = [weights[f"{name}_convolution"] for name in ("query", "key", "value")]
+        convolved = _silu((window * xp.concatenate(kernel, 1)).sum(0), xp)
+        keys = heads * key_dim
+        raw["query"] = convolved[:keys]
+        raw["key"] = convolved[keys : 2 * keys]
+        raw["value"] = convolved[2 * keys :]
+    q = raw["query"].reshape(heads, key_dim)
+    k = raw["key"].reshape(heads, key_dim)
+    v = raw["value"].reshape(heads, value_dim)
+
+    # 4. Update and read.
+    memory_state = state[0][memory]
+    if "decay" in weights:
+        q, k = _unit(q, xp), _unit(k, xp)
+        step = of_memory("decay", heads) + weights["dt_bias"]
+        decay = xp.exp(-xp.exp(weights["A_log"]) * xp.log1p(xp.exp(step)))
+        strength = 1 / (1 + xp.exp(-of_memory("write_strength", heads)))
+        memory_state = decay[:, None, None] * memory_state
+        v = v - xp.einsum("hk,hkv->hv", k, memory_state)
+        v = strength[:, None] * v
+    memory_state = memory_state + k[:, :, None] * v[:, None, :]
+    state[0][memory] = memory_state
+    return key_dim**-0.5 * xp.einsum("hk,hkv->hv", q, memory_state)
+
+
+def _unit(x, xp):
+    return x / xp.sqrt((x**2).sum(-1)[:, None] + 1e-6)
+
+
+def _silu(x, xp):
+    return x / (1 + xp.exp(-x))

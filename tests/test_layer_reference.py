@@ -1,0 +1,162 @@
+"""`MoMLayer` against a float64 transcription that runs token by token."""
+
+import numpy as np
+import pytest
+import torch
+from keras import tree
+
+from tests.layer_helpers import (
+    assert_close,
+    call,
+    evaluate,
+    make_layer,
+    relative_rms,
+    to_numpy,
+    tokens,
+    variables_of,
+)
+from tests.layer_reference import mom_layer, weights_of
+
+torch.set_num_threads(1)
+
+VARIANTS = {
+    "defaults": {},
+    "no_shared_memory": {"shared_memory": False},
+    "no_convolution": {"conv_width": None},
+    "convolution_of_width_1": {"conv_width": 1},
+    "no_gate": {"use_output_gate": False},
+    "shared_projections": {"per_memory_projections": False},
+    "shared_projections_alone": {
+        "per_memory_projections": False,
+        "shared_memory": False,
+    },
+    "value_dim_is_key_dim": {"value_dim": None, "num_heads": 1},
+    "linear_attention": {"update_rule": "linear_attention"},
+    "one_memory": {"num_memories": 1, "top_k": 1, "shared_memory": False},
+    "every_memory": {"num_memories": 3, "top_k": 3, "norm_epsilon": 1e-3},
+}
+
+# Two chunks of the scan in the fuller memories, and rows left over.
+BATCH, LENGTH, WIDTH = 2, 75, 12
+
+
+def _mask():
+    mask = np.random.default_rng(3).random((BATCH, LENGTH)) < 0.8
+    mask[0, :4] = False
+    mask[1, -5:] = False
+    return mask
+
+
+def _segments():
+    # Documents of 9, 1, 30 and 35 tokens; an id is used again.
+    lengths = [9, 1, 30, 35]
+    ids = np.repeat([4, 9, 4, 2], lengths)
+    return np.stack([ids, ids[::-1]]).astype("int32")
+
+
+def _state(layer):
+    shapes = [x.shape for x in layer.get_initial_state(BATCH)]
+    return tuple(tokens(*shape, seed=7) for shape in shapes)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_output_state_and_gradients(variant):
+    layer = make_layer(return_state=True, **VARIANTS[variant])
+    _check(layer, {})
+
+
+@pytest.mark.parametrize(
+    "variant", ["defaults", "no_shared_memory", "no_convolution", "linear_attention"]
+)
+def test_with_mask_documents_and_state(variant):
+    layer = make_layer(return_state=True, **VARIANTS[variant])
+    given = {
+        "mask": _mask(),
+        "segment_ids": _segments(),
+        "initial_state": _state(layer),
+    }
+    _check(layer, given)
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_short_sequences(length):
+    layer = make_layer(return_state=True)
+    mask = np.array([[True] * length, [False] * length])
+    _check(layer, {"mask": mask, "initial_state": _state(layer)}, length)
+
+
+def test_go_backwards():
+    layer = make_layer(return_state=True, go_backwards=True)
+    inputs, mask, ids = tokens(BATCH, LENGTH, WIDTH), _mask(), _segments()
+    expected = mom_layer(
+        layer,
+        weights_of(layer),
+        inputs[:, ::-1].astype("float64"),
+        mask=mask[:, ::-1],
+        segment_ids=ids[:, ::-1],
+    )
+    assert_close(call(layer, inputs, mask=mask, segment_ids=ids), expected, 1e-5)
+
+
+def test_route_is_the_routing_of_the_call():
+    """The reference, routed as `route` tells, gives the layer's outputs."""
+    layer = make_layer()
+    inputs = tokens(BATCH, LENGTH, WIDTH)
+    indices = np.asarray(layer.route(inputs)[1])
+    expected, _ = mom_layer(
+        layer, weights_of(layer), inputs.astype("float64"), indices=indices
+    )
+    assert relative_rms(call(layer, inputs), expected) < 1e-5
+
+
+@pytest.mark.parametrize("variant", ["defaults", "no_convolution", "linear_attention"])
+def test_mixed_bfloat16(variant):
+    """All that a bfloat16 layer adds to its bfloat16 projections stays below 5e-3.
+
+    Inputs and kernels are bfloat16 numbers, and the reference rounds what a Dense
+    layer of this dtype returns. The router is float32: the routing is the same.
+    """
+    layer = make_layer(dtype="mixed_bfloat16", return_state=True, **VARIANTS[variant])
+    for name, variable in variables_of(layer).items():
+        if name not in ("router", "A_log", "dt_bias"):
+            variable.assign(_to_bfloat16(to_numpy(variable.value)))
+    inputs = _to_bfloat16(tokens(BATCH, LENGTH, WIDTH))
+    expected = mom_layer(
+        layer, weights_of(layer), inputs.astype("float64"), rounded=_to_bfloat16
+    )
+    assert_close(call(layer, inputs), expected, 5e-3)
+
+
+def _to_bfloat16(x):
+    return torch.tensor(x).bfloat16().to(torch.tensor(x).dtype).numpy()
+
+
+def _check(layer, given, length=LENGTH):
+    """Output and state below 1e-5, gradients below 1e-4.
+
+    The reference for gradients is torch's autograd of the token-by-token form, routed
+    as the layer routes.
+    """
+    inputs, cotangent = (
+        tokens(BATCH, length, WIDTH),
+        tokens(BATCH, length, WIDTH, seed=2),
+    )
+    outputs, of_inputs, of_weights = evaluate(layer, inputs, cotangent, **given)
+
+    x = torch.tensor(inputs.astype("float64"), requires_grad=True)
+    weights = weights_of(layer, torch)
+    if "initial_state" in given:
+        state = tuple(torch.tensor(s.astype("float64")) for s in given["initial_state"])
+        given = {**given, "initial_state": state}
+    expected = mom_layer(layer, weights, x, xp=torch, **given)
+    assert_close(
+        outputs, tree.map_structure(lambda t: t.detach().numpy(), expected), 1e-5
+    )
+    (expected[0] * torch.tensor(cotangent)).sum().backward()
+    assert relative_rms(of_inputs, x.grad) < 1e-4
+    for name, weight in weights.items():
+        if weight.grad is None or not weight.grad.any():
+            # The router of a lone memory, or a document of one token.
+            assert np.abs(of_weights[name]).max() < 1e-6, name
+        else:
+            assert relative_rms(of_weights[name], weight.grad) < 1e-4, name
