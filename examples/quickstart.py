@@ -113,14 +113,14 @@ def build_models():
 
 def write(writer, states, prompt, length, rng, temperature=0.5):
     """Continues the prompt a byte at a time. All that is carried on is the state."""
-    text = list(prompt.encode())
-    for position in range(len(text) + length):
-        if position == len(text):
-            chances = softmax(logits[0, 0].astype("float64") / temperature)
-            text.append(int(rng.choice(VOCABULARY, p=chances)))
+    text = prompt.encode()
+    for position in range(len(text) + length - 1):
         token = np.array([[text[position]]], "int32")
         logits, states = writer.predict_on_batch((token, states))
-    return bytes(text).decode(errors="replace"), states
+        if position == len(text) - 1:
+            chances = softmax(logits[0, 0].astype("float64") / temperature)
+            text += bytes([rng.choice(VOCABULARY, p=chances)])
+    return text.decode(errors="replace"), states
 
 
 def size_in_bytes(states):

@@ -10,7 +10,11 @@ import re
 
 import keras
 import numpy as np
+import torch
 from keras import ops
+
+# Threads of several test processes that wait for each other take most of the time.
+torch.set_num_threads(1)
 
 
 def evaluate(function, arrays):
@@ -120,8 +124,6 @@ def _torch_evaluate(function):
 
 
 def _torch_gradients(function):
-    import torch
-
     def run(floats, others, cotangents):
         leaves = {name: x.detach().requires_grad_() for name, x in floats.items()}
         outputs = function(**leaves, **others)
@@ -143,7 +145,6 @@ _BACKEND = {
 
 def reference_value_and_grad(function, arrays, cotangents):
     """`value_and_grad` of a function of torch tensors, in float64 on every backend."""
-    import torch
 
     def tensor(x):
         x = np.asarray(x)
@@ -181,8 +182,6 @@ def _jax_kept(function, arrays, cotangents):
 
 
 def _torch_kept(function, arrays, cotangents):
-    import torch
-
     kept = {}
 
     def keep(tensor):

@@ -2,11 +2,16 @@
 
 Each module of this package offers the same five names for one Keras backend:
 
-- `scan(step, carry, length, reverse)`: a loop without a gradient of its own. `step`
-  takes a carry and an index, and returns a carry and a tuple of tensors, which are
-  joined along their second axis, in the order of the index;
-- `Differentiable(name, forward, backward, infer)`: a function with a gradient
-  written by hand;
+- `scan(step, carry, length, num_outputs, reverse)`: a loop without a gradient of its own. `step`
+  takes a carry and an index, and returns a carry and a tuple of `num_outputs` tensors
+  of the carry's dtype, which are joined along their second axis, in index order;
+- `Differentiable(name, forward, backward, infer)`: a function of tensors with a
+  gradient written by hand, called as `function(options, *tensors)`. Options are a
+  hashable value of strings, numbers and booleans; tensors may be None.
+  `forward(options, *tensors)` returns a tuple of tensors; those that a caller drops
+  may serve as residuals. `backward(options, tensors, outputs, gradients)` returns a
+  gradient, or None, for each of `tensors`. `infer(options, *tensors)` returns the
+  (shape, dtype) of each output for tracers that do not run `forward`;
 - `full_precision()`: a context in which float32 products are float32 products;
 - `accelerator()`: the kind of accelerator in use, or None on a CPU;
 - `is_concrete(tensor)`: whether the values can be read without a device sync.

@@ -3,8 +3,9 @@
 import jax
 
 
-def scan(step, carry, length, reverse=False):
+def scan(step, carry, length, num_outputs, reverse=False):
     """See `keras_mom.backend`."""
+    del num_outputs
     carry, outputs = jax.lax.scan(
         step, carry, jax.numpy.arange(length, dtype="int32"), reverse=reverse
     )
@@ -17,28 +18,21 @@ def scan(step, carry, length, reverse=False):
 
 
 class Differentiable:
-    """A function of tensors whose gradient is written by hand.
-
-    Args:
-        name: identifier of the function, unique in the library.
-        forward: `forward(options, *tensors) -> tuple of tensors`. Tensors may be
-            None where the function allows it.
-        backward: `backward(options, tensors, outputs, gradients) -> tuple`, a
-            gradient (or None) for each of `tensors`. `gradients` holds one tensor
-            for each of `outputs`.
-        infer: `infer(options, *tensors) -> tuple of (shape, dtype)`, what
-            `forward` returns, for tracers that do not run it.
-
-    Outputs that a caller drops may serve as residuals of the backward pass.
-    """
+    """See `keras_mom.backend`."""
 
     def __init__(self, name, forward, backward, infer):
         del infer  # JAX traces `forward`.
         self.name = name
         self.forward = forward
         self.backward = backward
+        self._functions = {}
 
     def __call__(self, options, *tensors):
+        if options not in self._functions:
+            self._functions[options] = self._make_function(options)
+        return self._functions[options](*tensors)
+
+    def _make_function(self, options):
         def primal(*tensors):
             return tuple(self.forward(options, *tensors))
 
@@ -46,13 +40,15 @@ class Differentiable:
             outputs = primal(*tensors)
             return outputs, (tensors, outputs)
 
-        def backward(residuals, gradients):
+        # Compiled here too, so that a call outside `jax.jit` is one program.
+        @jax.jit
+        def compiled_backward(residuals, gradients):
             tensors, outputs = residuals
             return tuple(self.backward(options, tensors, outputs, gradients))
 
-        function = jax.custom_vjp(primal)
-        function.defvjp(forward, backward)
-        return function(*tensors)
+        function = jax.custom_vjp(jax.jit(primal))
+        function.defvjp(jax.jit(forward), compiled_backward)
+        return function
 
 
 def full_precision():

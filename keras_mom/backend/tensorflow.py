@@ -5,17 +5,9 @@ import contextlib
 import tensorflow as tf
 
 
-def scan(step, carry, length, reverse=False):
+def scan(step, carry, length, num_outputs, reverse=False):
     """See `keras_mom.backend`."""
-    # One step is traced for the types of its outputs.
-    probe = tf.function(lambda carry, index: step(carry, index)[1])
-    probe = probe.get_concrete_function(
-        tf.TensorSpec(carry.shape, carry.dtype), tf.TensorSpec((), "int32")
-    )
-    arrays = tuple(
-        tf.TensorArray(output.dtype, size=length, element_shape=output.shape)
-        for output in probe.outputs
-    )
+    arrays = tuple(tf.TensorArray(carry.dtype, size=length) for _ in range(num_outputs))
 
     def body(index, carry, arrays):
         position = length - 1 - index if reverse else index
@@ -29,37 +21,21 @@ def scan(step, carry, length, reverse=False):
         (tf.constant(0), carry, arrays),
         maximum_iterations=length,
     )
+    return carry, tuple(_joined(array.stack()) for array in arrays)
 
-    def joined(array, output):
-        x = array.stack()
-        x = tf.transpose(x, (1, 0, *range(2, len(x.shape))))
-        shape = tf.shape(x)
-        shape = tf.concat([shape[:1], shape[1:2] * shape[2:3], shape[3:]], 0)
-        total = None
-        if isinstance(length, int) and output.shape[1] is not None:
-            total = length * output.shape[1]
-        x = tf.reshape(x, shape)
-        x.set_shape([output.shape[0], total, *output.shape[2:]])
-        return x
 
-    return carry, tuple(joined(a, o) for a, o in zip(arrays, probe.outputs))
+def _joined(x):
+    """`[length, B, n, ...]` to `[B, length * n, ...]`."""
+    x = tf.transpose(x, (1, 0, *range(2, len(x.shape))))
+    shape = tf.shape(x)
+    joined = tf.reshape(x, tf.concat([shape[:1], shape[1:2] * shape[2:3], shape[3:]], 0))
+    count = None if None in x.shape[1:3] else x.shape[1] * x.shape[2]
+    joined.set_shape([x.shape[0], count, *x.shape[3:]])
+    return joined
 
 
 class Differentiable:
-    """A function of tensors whose gradient is written by hand.
-
-    Args:
-        name: identifier of the function, unique in the library.
-        forward: `forward(options, *tensors) -> tuple of tensors`. Tensors may be
-            None where the function allows it.
-        backward: `backward(options, tensors, outputs, gradients) -> tuple`, a
-            gradient (or None) for each of `tensors`. `gradients` holds one tensor
-            for each of `outputs`.
-        infer: `infer(options, *tensors) -> tuple of (shape, dtype)`, what
-            `forward` returns, for tracers that do not run it.
-
-    Outputs that a caller drops may serve as residuals of the backward pass.
-    """
+    """See `keras_mom.backend`."""
 
     def __init__(self, name, forward, backward, infer):
         del infer  # TensorFlow traces `forward`.

@@ -6,8 +6,9 @@ import torch
 from keras import ops
 
 
-def scan(step, carry, length, reverse=False):
+def scan(step, carry, length, num_outputs, reverse=False):
     """See `keras_mom.backend`."""
+    del num_outputs
     outputs = [None] * length
     for index in reversed(range(length)) if reverse else range(length):
         carry, outputs[index] = step(carry, index)
@@ -15,23 +16,10 @@ def scan(step, carry, length, reverse=False):
 
 
 class Differentiable:
-    """A function of tensors whose gradient is written by hand.
+    """See `keras_mom.backend`.
 
     Both directions are custom operators, so that `torch.compile` sees one node and
     does not unroll the loops inside.
-
-    Args:
-        name: identifier of the function, unique in the library.
-        forward: `forward(options, *tensors) -> tuple of tensors`. Tensors may be
-            None where the function allows it.
-        backward: `backward(options, tensors, outputs, gradients) -> tuple`, a
-            gradient (or None) for each of `tensors`. `gradients` holds one tensor
-            for each of `outputs`.
-        infer: `infer(options, *tensors) -> tuple of (shape, dtype)`, what
-            `forward` returns, for tracers that do not run it.
-
-    Outputs that a caller drops may serve as residuals of the backward pass.
-    `options` must be a hashable value of strings, numbers, booleans and tuples.
     """
 
     def __init__(self, name, forward, backward, infer):

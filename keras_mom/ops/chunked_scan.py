@@ -205,28 +205,29 @@ def _forward(options, *tensors):
             if scan.delta:
                 writes = ops.matmul(block.inverse, writes)
                 weights = block.reading_weights()
-            before, after, written = [], [], []
-            for chunk in range(size):
-                state = hand_in(state, chunk)
-                before.append(state)
+
+            def chunk_step(state, chunk):
+                before = hand_in(state, chunk)
                 write = writes[:, chunk]
                 if weights is not None:
-                    write = write - ops.matmul(weights[:, chunk], state)
-                written.append(write)
-                state = block.decayed(state, chunk) + ops.matmul(
-                    transposed(block.ending_key[:, chunk]), write
-                )
-                after.append(state)
-            before = ops.stack(before, axis=1)
+                    write = write - ops.matmul(weights[:, chunk], before)
+                written = ops.matmul(transposed(block.ending_key[:, chunk]), write)
+                after = block.decayed(before, chunk) + written
+                outputs = (before, write) if segments.alone else (before, write, after)
+                return after, tuple(x[:, None] for x in outputs)
+
+            count = 2 if segments.alone else 3
+            state, (before, written, *after) = backend.scan(
+                chunk_step, state, size, count
+            )
             output = ops.matmul(block.reading_query, before)
-            output = output + ops.matmul(block.attention, ops.stack(written, axis=1))
-            outputs = (merge_chunks(output), before)
-            if not segments.alone:
-                outputs = (*outputs, ops.stack(after, axis=1))
-            return state, outputs
+            output = output + ops.matmul(block.attention, written)
+            return state, (merge_chunks(output), before, *after)
 
         carry = segments.first_carry(scan.initial, scan.state_shape)
-        last, (output, before, *after) = backend.scan(step, carry, scan.blocks)
+        last, (output, before, *after) = backend.scan(
+            step, carry, scan.blocks, 2 if segments.alone else 3
+        )
         if segments.alone:
             return output, last[:, None], before
         final = segments.pick(after[0], segments.ends - 1, scan.initial)
@@ -250,44 +251,50 @@ def _backward(options, tensors, outputs, gradients):
             states = slice_rows(before, index * size, size)
             out_grad = scan.chunk_rows(output_gradient, index)
             writes, missing = block.writes(states)
-            write_grad = ops.matmul(transposed(block.attention), out_grad)
+            local_grad = ops.matmul(transposed(block.attention), out_grad)
             read_grad = ops.matmul(transposed(block.reading_query), out_grad)
             weights = block.reading_weights() if scan.delta else None
-            first_grads, next_grads, write_grads = [], [], []
-            for chunk in reversed(range(size)):
+
+            def chunk_step(state_grad, chunk):
                 next_grad = hand_in(state_grad, chunk)
-                grad = write_grad[:, chunk]
+                grad = local_grad[:, chunk]
                 grad = grad + ops.matmul(block.ending_key[:, chunk], next_grad)
                 state_grad = read_grad[:, chunk] + block.decayed(next_grad, chunk)
                 if weights is not None:
                     state_grad = state_grad - ops.matmul(
                         transposed(weights[:, chunk]), grad
                     )
-                first_grads.insert(0, state_grad)
-                next_grads.insert(0, next_grad)
-                write_grads.insert(0, grad)
+                outputs = (next_grad, grad, state_grad)[: 3 if wants_initial else 2]
+                return state_grad, tuple(x[:, None] for x in outputs)
+
+            state_grad, (next_grad, write_grad, *first_grad) = backend.scan(
+                chunk_step,
+                state_grad,
+                size,
+                3 if wants_initial else 2,
+                reverse=True,
+            )
             grads = block.gradients(
                 states,
                 writes,
                 missing,
                 out_grad,
-                ops.stack(write_grads, axis=1),
-                ops.stack(next_grads, axis=1),
+                write_grad,
+                next_grad,
             )
             grads = tuple(merge_chunks(grad) for grad in grads if grad is not None)
-            if wants_initial:
-                grads = (*grads, ops.stack(first_grads, axis=1))
-            return state_grad, grads
+            return state_grad, (*grads, *first_grad)
 
         carry = segments.first_carry(final_gradient, scan.state_shape)
-        last, grads = backend.scan(step, carry, scan.blocks, reverse=True)
+        log_decay, beta = tensors[3:5]
+        count = 3 + (log_decay is not None) + (beta is not None) + wants_initial
+        last, grads = backend.scan(step, carry, scan.blocks, count, reverse=True)
         grads = list(grads)
         initial_grad = None
         if wants_initial:
             initial_grad = segments.pick(grads.pop(), segments.starts, final_gradient)
         elif scan.initial is not None:
             initial_grad = last[:, None]
-        log_decay, beta = tensors[3:5]
         beta_grad = grads.pop() if beta is not None else None
         log_decay_grad = None
         if log_decay is not None:

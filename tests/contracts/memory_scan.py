@@ -7,6 +7,7 @@ import functools
 
 import numpy as np
 import pytest
+import torch
 from agreement import VALUE_TOLERANCE, assert_close, assert_values_and_gradients
 from gradients import (
     evaluate,
@@ -57,8 +58,6 @@ def scan(implementation, rule, scale=None):
 
 def reference_scan(rule, scale=None):
     """The token-by-token recurrence as a function of torch tensors."""
-    import torch
-
     _, write, erase_before_decay = rule
     return functools.partial(
         reference.memory_scan,
