@@ -219,10 +219,12 @@ def corner_blocks(matrix, size):
     count = shape[-1] // (2 * size)
     if count == 1:
         return matrix[..., None, size:, :size]
-    blocks = ops.reshape(matrix, (*shape[:-2], count, 2, size, count, 2, size))
-    blocks = blocks[..., 1, :, :, 0, :]
+    # TensorFlow slices no more than 8 axes.
+    blocks = ops.reshape(matrix, (-1, count, 2, size, count, 2, size))
+    blocks = blocks[:, :, 1, :, :, 0]
     own = np.eye(count, dtype="float32")[:, None, :, None]
-    return ops.sum(blocks * ops.convert_to_tensor(own), axis=-2)
+    blocks = ops.sum(blocks * ops.convert_to_tensor(own), axis=-2)
+    return ops.reshape(blocks, (*shape[:-2], count, size, size))
 
 
 def unit_lower_inverse(strict):
