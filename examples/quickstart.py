@@ -26,8 +26,8 @@ VOCABULARY = 256  # bytes
 WIDTH = 128
 LAYERS = 2
 WINDOW = 256  # bytes in a training example
-BATCH = 8
-HELD_OUT = 25 * BATCH * WINDOW  # bytes
+BATCH = 4
+HELD_OUT = 200 * WINDOW  # bytes
 PROMPT = '''def read_lines(path):
     """'''
 
@@ -130,7 +130,7 @@ def size_in_bytes(states):
 def main():
     parser = argparse.ArgumentParser(description="Train a small MoM language model.")
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=50, help="steps in an epoch")
+    parser.add_argument("--steps", type=int, default=60, help="steps in an epoch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="quickstart.keras", help="where to save")
     arguments = parser.parse_args()
@@ -148,7 +148,13 @@ def main():
     total_steps = arguments.epochs * arguments.steps
     trainer.compile(
         optimizer=keras.optimizers.AdamW(
-            keras.optimizers.schedules.CosineDecay(4e-3, total_steps, alpha=0.1),
+            keras.optimizers.schedules.CosineDecay(
+                initial_learning_rate=0.0,
+                warmup_target=1e-2,
+                warmup_steps=total_steps // 10,
+                decay_steps=total_steps - total_steps // 10,
+                alpha=0.05,
+            ),
             weight_decay=0.01,
             clipnorm=1.0,
         ),

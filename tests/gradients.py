@@ -165,6 +165,50 @@ def reference_value_and_grad(function, arrays, cotangents):
     return tuple(x.detach().numpy() for x in outputs), dict(zip(leaves, gradients))
 
 
+def compiled_value_and_grad(function, arrays, cotangents, length):
+    """`value_and_grad` through the backend's compiler, as its users call it.
+
+    That is `jax.jit`, `tf.function(jit_compile=True)` without knowing axes 1 that are
+    `length` long, and `torch.compile(fullgraph=True)`.
+    """
+    backend = keras.backend.backend()
+    if backend == "torch":
+        function = torch.compile(function, fullgraph=True)
+        return value_and_grad(function, arrays, cotangents)
+    tensors = _to_tensors(arrays)
+    floats = {name: x for name, x in tensors.items() if "float" in str(x.dtype)}
+    others = {name: x for name, x in tensors.items() if name not in floats}
+    inputs = floats, others, tuple(map(ops.convert_to_tensor, cotangents))
+    if backend == "jax":
+        run = _jax_gradients(function).__wrapped__
+        outputs, gradients = _jit(run)(*inputs)
+    else:
+        outputs, gradients = _xla(_tensorflow_gradients(function), inputs, length)
+    return _to_numpy(outputs), dict(zip(gradients, _to_numpy(gradients.values())))
+
+
+def _jit(run):
+    import jax
+
+    return jax.jit(run)
+
+
+def _xla(function, inputs, length):
+    import tensorflow as tf
+
+    def specification(x):
+        shape = x.shape.as_list()
+        if shape[1:2] == [length]:
+            shape[1] = None
+        return tf.TensorSpec(shape, x.dtype)
+
+    signature = tf.nest.map_structure(specification, inputs)
+    run = tf.function(
+        function.python_function, jit_compile=True, input_signature=signature
+    )
+    return run(*inputs)
+
+
 def kept_for_backward(function, arrays, cotangents):
     """Bytes that a forward pass keeps for its backward pass.
 

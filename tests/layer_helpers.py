@@ -1,5 +1,6 @@
 """Layers with fixed weights, and their calls and gradients, alike on every backend."""
 
+import collections
 import weakref
 
 import keras
@@ -96,7 +97,10 @@ def to_numpy(tree):
 
 
 def call(layer, inputs, training=False, **kwargs):
-    """Calls a layer and returns NumPy arrays; compiled once a shape on JAX and TF."""
+    """Calls a layer and returns NumPy arrays.
+
+    Compiled once a shape on JAX, and on TensorFlow where a shape comes again and again.
+    """
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
     if BACKEND == "torch":
         with torch.no_grad():
@@ -104,6 +108,12 @@ def call(layer, inputs, training=False, **kwargs):
             inputs = keras.ops.convert_to_tensor(inputs)
             return to_numpy(layer(inputs, training=training, **kwargs))
     functions = _COMPILED.setdefault(layer, {})
+    if (
+        BACKEND == "tensorflow"
+        and _calls_so_far(functions, training, inputs, kwargs) < 3
+    ):
+        # Tracing takes as long as a few eager calls.
+        return to_numpy(layer(inputs, training=training, **kwargs))
     if training not in functions:
         # A strong reference from the function would keep the layer alive.
         functions[training] = _compile_call(weakref.ref(layer), training)
@@ -118,6 +128,13 @@ def call(layer, inputs, training=False, **kwargs):
     for variable, value in zip(layer.non_trainable_variables, values):
         variable.assign(value)
     return to_numpy(outputs)
+
+
+def _calls_so_far(functions, training, inputs, kwargs):
+    counts = functions.setdefault("calls", collections.Counter())
+    key = (training, inputs.shape, *sorted(kwargs))
+    counts[key] += 1
+    return counts[key] - 1
 
 
 def _compile_call(layer, training):

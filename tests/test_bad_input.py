@@ -108,9 +108,9 @@ def test_rank_at_the_first_call():
 
 
 def test_width():
-    with pytest.raises(ValueError, match="(?s)axis -1.*12.*shape=.*13"):
+    with pytest.raises(ValueError, match=r"axis -1 .* value 12, .*6, 13\)"):
         make_layer()(np.zeros((2, 6, 13), "float32"))
-    with pytest.raises(ValueError, match="(?s)axis -1.*12.*shape=.*13"):
+    with pytest.raises(ValueError, match=r"axis -1 .* value 12, .*6, 13\)"):
         make_layer()(keras.Input((6, 13)))
 
 
@@ -156,18 +156,18 @@ def states(layer):
         np.array(keras.ops.convert_to_numpy(x)) for x in layer.get_initial_state(2)
     )
     return {
-        "batch": ((memories[:1], windows), "memories .*[[]2, 5, 2, 6, 10[]].*[[]1, 5"),
-        "batch of windows": ((memories, windows[:1]), "windows .*[[]2, 5, 3, 44[]]"),
-        "memories": ((memories[:, :4], windows), "memories .*Received: shape [[]2, 4"),
-        "heads": ((memories[:, :, :1], windows), "memories .*shape [[]2, 5, 1, 6, 10"),
-        "rank": ((memories[0], windows), "memories .*shape [[]5, 2, 6, 10"),
-        "window": ((memories, windows[:, :, 1:]), "windows .*shape [[]2, 5, 2, 44"),
+        "batch": ((memories[:1], windows), r"memories .*\[2, 5, 2, 6, 10\].*\[1, 5"),
+        "batch of windows": ((memories, windows[:1]), r"windows .*\[2, 5, 3, 44\]"),
+        "memories": ((memories[:, :4], windows), r"memories .*Received: shape \[2, 4"),
+        "heads": ((memories[:, :, :1], windows), r"memories .*shape \[2, 5, 1, 6, 10"),
+        "rank": ((memories[0], windows), r"memories .*shape \[5, 2, 6, 10"),
+        "window": ((memories, windows[:, :, 1:]), r"windows .*shape \[2, 5, 2, 44"),
         "float64": ((memories.astype("float64"), windows), "memories .*float32.*64"),
         "float16": ((memories, windows.astype("float16")), "windows .*float32.*16"),
         "integer": ((memories.astype("int32"), windows), "memories .*float32.*int32"),
         "short": ((memories,), "tuple of 2 tensors.*Received: 1"),
         "long": ((memories, windows, windows), "tuple of 2 tensors.*Received: 3"),
-        "no tuple": (memories, "tuple of 2 tensors.*Received: .*ndarray"),
+        "no tuple": (memories, "tuple of 2 tensors.*Received: <class"),
     }
 
 
@@ -181,12 +181,13 @@ def states(layer):
         "heads",
         "rank",
         "window",
-        "float64",
         "float16",
         "integer",
         "short",
         "long",
         "no tuple",
+        # JAX has no float64 unless told so: the array arrives as float32.
+        *(["float64"] if BACKEND != "jax" else []),
     ],
 )
 def test_state(wrong, length):
@@ -222,7 +223,7 @@ def test_stateful_without_a_batch_size():
 
 def test_stateful_with_another_batch_size():
     layer = make_layer(stateful=True, batch=2)
-    with pytest.raises(ValueError, match="(?s)axis 0.*2.*shape=.*3"):
+    with pytest.raises(ValueError, match=r"axis 0 .* value 2, .*\(3, 6, 12\)"):
         layer(np.zeros((3, 6, 12), "float32"))
 
 

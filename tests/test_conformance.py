@@ -103,6 +103,8 @@ class ConformanceTest(TestCase):
                 input_shape=(2, 2, 5, 8),
                 expected_output_shape=(2, 2, 5, 8),
                 expected_num_losses=None,
+                # The layer inside is float32 whatever the wrapper is: see below.
+                run_mixed_precision_check=False,
             )
         )
 
@@ -171,3 +173,13 @@ def test_time_distributed_runs_the_layer_on_each_slice(masked):
     for i in range(3):
         part = None if mask is None else mask[:, i]
         assert_close(output[:, i], call(inner, inputs[:, i], mask=part), 1e-6)
+
+
+def test_time_distributed_in_mixed_precision():
+    inner = keras_mom.MoMLayer(**SIZES, dtype="mixed_float16")
+    layer = keras.layers.TimeDistributed(inner, dtype="mixed_float16")
+    inputs = tokens(2, 3, LENGTH, 8)
+    output = layer(inputs)
+    spec = layer.compute_output_spec(keras.KerasTensor(inputs.shape))
+    assert keras.backend.standardize_dtype(output.dtype) == spec.dtype == "float16"
+    assert all(v.dtype == "float32" for v in layer.weights)

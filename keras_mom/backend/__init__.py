@@ -2,9 +2,10 @@
 
 Each module of this package offers the same five names for one Keras backend:
 
-- `scan(step, carry, length, num_outputs, reverse)`: a loop without a gradient of its own. `step`
-  takes a carry and an index, and returns a carry and a tuple of `num_outputs` tensors
-  of the carry's dtype, which are joined along their second axis, in index order;
+- `scan(step, carry, length, num_outputs, reverse)`: a loop without a gradient of its
+  own. `step` takes a carry and an index, and returns a carry and a tuple of
+  `num_outputs` tensors of the carry's dtype, which are joined along their second axis,
+  in index order;
 - `Differentiable(name, forward, backward, infer)`: a function of tensors with a
   gradient written by hand, called as `function(options, *tensors)`. Options are a
   hashable value of strings, numbers and booleans; tensors may be None.

@@ -28,7 +28,9 @@ def _joined(x):
     """`[length, B, n, ...]` to `[B, length * n, ...]`."""
     x = tf.transpose(x, (1, 0, *range(2, len(x.shape))))
     shape = tf.shape(x)
-    joined = tf.reshape(x, tf.concat([shape[:1], shape[1:2] * shape[2:3], shape[3:]], 0))
+    joined = tf.reshape(
+        x, tf.concat([shape[:1], shape[1:2] * shape[2:3], shape[3:]], 0)
+    )
     count = None if None in x.shape[1:3] else x.shape[1] * x.shape[2]
     joined.set_shape([x.shape[0], count, *x.shape[3:]])
     return joined

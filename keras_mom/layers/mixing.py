@@ -9,7 +9,7 @@ from typing import NamedTuple
 from keras import ops
 
 from keras_mom.ops.dispatch import dispatch
-from keras_mom.ops.memory_scan import BLOCK_SIZE, AlignedSegments, chunk_size
+from keras_mom.ops.memory_scan import AlignedSegments, block_size, chunk_size
 from keras_mom.ops.packing import Documents, Packing
 from keras_mom.ops.rows import gather_rows, sum_rows
 from keras_mom.ops.short_convolution import short_convolution
@@ -89,9 +89,9 @@ def mix_sequence(
         Mixed outputs, float32 `[B, T, H, V]`, and the new state, or None.
     """
     length = ops.shape(indices)[1]
-    size = chunk_size(length)
+    size, block = chunk_size(length), block_size(length)
     packing = Packing(
-        indices, sizes.num_memories, sizes.shared, mask, sizes.history, size, BLOCK_SIZE
+        indices, sizes.num_memories, sizes.shared, mask, sizes.history, size, block
     )
     documents = None
     if segment_ids is not None:
@@ -150,6 +150,7 @@ def mix_sequence(
         aligned=AlignedSegments(
             packing.chunk_offsets,
             size,
+            block,
             None if documents is None else documents.resets,
         ),
         initial_state=None if state is None else state[0],

@@ -69,7 +69,11 @@ class ChunkFactors:
         if shifted:
             self.erase_decay = self.decay.map(lambda x: shift_down(x, axis=3))
         end = self.decay.map(lambda x: x[:, :, :, -1:])
-        into_query, into_key, whole = self.decay.exp(), self.erase_decay.exp(), end.exp()
+        into_query, into_key, whole = (
+            self.decay.exp(),
+            self.erase_decay.exp(),
+            end.exp(),
+        )
         to_end = ops.exp(end.minus(self.decay))
         if self.per_channel:
             self.decay_matrix = self.erase_matrix = None
@@ -108,9 +112,7 @@ class ChunkFactors:
             self.erase = self._pairs(
                 self.key, self.erase_matrix, self.erase_decay, False
             )
-            self.inverse = unit_lower_inverse(
-                optional_product(self.erase, self.beta)
-            )
+            self.inverse = unit_lower_inverse(optional_product(self.erase, self.beta))
 
     def _pairs(self, left, matrix, left_decay, inclusive):
         if not self.per_channel:

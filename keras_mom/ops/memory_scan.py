@@ -11,8 +11,10 @@ from keras_mom.ops.chunked_scan import ScanOptions, chunked_scan
 from keras_mom.ops.dispatch import dispatch, register
 from keras_mom.ops.rows import gather_rows
 
-CHUNK_SIZE = int(__import__("os").environ.get("MOM_C", 64))
-BLOCK_SIZE = int(__import__("os").environ.get("MOM_G", 8))
+# C, the rows of a chunk.
+CHUNK_SIZE = 64
+# Chunks a step of the loop: what it computes then stays in the processor's cache.
+BLOCK_SIZE = 8
 
 
 class AlignedSegments(NamedTuple):
@@ -24,11 +26,13 @@ class AlignedSegments(NamedTuple):
     Attributes:
         chunk_offsets: int32 `[B, S + 1]`, in the sense of `chunked_scan`.
         chunk_size: C.
+        block_size: the number of chunks of a batch row is a multiple of this.
         resets: int32 `[B, T]`, 1 before rows where the state is emptied, or None.
     """
 
     chunk_offsets: object
     chunk_size: int
+    block_size: int
     resets: object
 
 
@@ -126,6 +130,14 @@ def chunk_size(length):
     return min(CHUNK_SIZE, 1 << max(length - 1, 0).bit_length())
 
 
+def block_size(length):
+    """Chunks a step of the loop for sequences of `length` rows, which may be unknown."""
+    if not isinstance(length, int):
+        return BLOCK_SIZE
+    chunks = -(-length // CHUNK_SIZE)
+    return min(BLOCK_SIZE, 1 << max(chunks - 1, 0).bit_length())
+
+
 @register("memory_scan", "portable")
 def _portable(
     query,
@@ -145,8 +157,10 @@ def _portable(
         None if x is None else ops.cast(x, "float32")
         for x in (query, key, value, log_decay, beta)
     ]
-    size = chunk_size(query.shape[1]) if aligned is None else aligned.chunk_size
-    options = ScanOptions(write, erase_before_decay, size, BLOCK_SIZE, float(scale))
+    size, block = chunk_size(query.shape[1]), block_size(query.shape[1])
+    if aligned is not None:
+        size, block = aligned.chunk_size, aligned.block_size
+    options = ScanOptions(write, erase_before_decay, size, block, float(scale))
     if aligned is not None:
         output, state = chunked_scan(
             options,

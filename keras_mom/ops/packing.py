@@ -38,7 +38,9 @@ class Packing:
         chunk_offsets: int32 `[B, M + 1]`, in the sense of `chunked_scan`.
     """
 
-    def __init__(self, indices, num_memories, shared, mask, history, chunk_size, block_size=1):
+    def __init__(
+        self, indices, num_memories, shared, mask, history, chunk_size, block_size=1
+    ):
         batch, length, top_k = ops.shape(indices)
         self.history, self.chunk_size, self.block_size = history, chunk_size, block_size
         self.num_memories = num_memories + shared
@@ -136,7 +138,7 @@ class Packing:
         return source, targets
 
     def history_source(self, offset):
-        """Sources of the history rows in windows `[B, M * W, ...]` behind `offset` rows.
+        """Sources of the history rows: windows `[B, M * W, ...]` behind `offset` rows.
 
         Returns:
             Source int32 `[B, R]` (-1 in other rows), targets int32 `[B, M * W, 1]`.

@@ -10,6 +10,7 @@ import pytest
 import torch
 from agreement import VALUE_TOLERANCE, assert_close, assert_values_and_gradients
 from gradients import (
+    compiled_value_and_grad,
     evaluate,
     kept_for_backward,
     reference_value_and_grad,
@@ -174,6 +175,17 @@ class MemoryScanContract:
         alone = memory_scan(**inputs, implementation=self.implementation)
         output, _ = self.run(DELTA, inputs)
         np.testing.assert_allclose(ops.convert_to_numpy(alone), output, atol=1e-6)
+
+    @SOME_RULES
+    @pytest.mark.parametrize("packed", (False, True))
+    def test_the_framework_compiles_it(self, rule, packed):
+        packing = {"B": 1, "cu_seqlens": (0, 1, 1, 5)} if packed else {}
+        inputs = inputs_of(rule, T=7, **packing)
+        cotangents = cotangents_of(inputs)
+        actual = compiled_value_and_grad(self.function(rule), inputs, cotangents, 7)
+        expected = reference_value_and_grad(reference_scan(rule), inputs, cotangents)
+        names = ("output", "final state")
+        assert_values_and_gradients(actual, expected, "float32", names)
 
     # One call and many.
 

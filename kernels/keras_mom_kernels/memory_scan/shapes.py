@@ -187,8 +187,16 @@ BETA_CASES = (
     _of(("none", "additive", False), "beta-none", initial_state=False, beta=None),
 )
 
-# Lengths around a chunk; sizes that are no powers of two, and that are.
+# Lengths around a chunk and of many; sizes that are no powers of two, and that are.
 SIZE_CASES = (
+    *(
+        _of(rule, "length-1100", B=1, T=1100, H=1, K=8, V=8)
+        for rule in (
+            ("none", "additive", False),
+            ("head", "delta", False),
+            ("channel", "delta", True),
+        )
+    ),
     *(
         _of(("head", "delta", False), f"length-{length}", T=length)
         for length in (1, 2, 7, 64, 65)
