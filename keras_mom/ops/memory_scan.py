@@ -131,7 +131,7 @@ def chunk_size(length):
 
 
 def block_size(length):
-    """Chunks a step of the loop for sequences of `length` rows, which may be unknown."""
+    """Chunks a step of the loop for sequences of `length` rows (None: unknown)."""
     if not isinstance(length, int):
         return BLOCK_SIZE
     chunks = -(-length // CHUNK_SIZE)
@@ -251,7 +251,7 @@ def _packed(options, tensors, cu_seqlens, initial_state):
         return ops.reshape(moved, (1, ops.shape(moved)[1], *shape[2:]))
 
     # Chunks behind the last sequence count as the last one's; they hold nothing.
-    offsets = ops.concatenate([offsets[:-1], ops.full((1,), chunks, "int32")])
+    offsets = ops.concatenate([offsets[:-1], ops.zeros((1,), "int32") + chunks])
     if initial_state is not None:
         initial_state = initial_state[None]
     output, state = chunked_scan(

@@ -60,7 +60,7 @@ class Packing:
         self.start = offsets[:, :-1] * chunk_size
         # Chunks behind all regions count as the last one's; they hold nothing.
         self.chunk_offsets = ops.concatenate(
-            [offsets[:, :-1], ops.full((batch, 1), chunks, "int32")], axis=1
+            [offsets[:, :-1], ops.zeros((batch, 1), "int32") + chunks], axis=1
         )
 
         place = self.start[:, None, :] + history + rank
@@ -90,7 +90,8 @@ class Packing:
         outside = batch * self.rows
         index = ops.where(self.targets >= 0, self.targets + row, outside)
         value = ops.broadcast_to(ops.arange(slots, dtype="int32"), (batch, slots))
-        empty = ops.full((outside + 1,), -1, "int32")
+        # Not `ops.full`, which reads its value back on torch.
+        empty = ops.zeros((outside + 1,), "int32") - 1
         filled = ops.scatter_update(
             empty, ops.reshape(index, (-1, 1)), ops.reshape(value, (-1,))
         )
@@ -220,7 +221,7 @@ def _running_max(index):
     outside = batch * (length + 1)
     place = ops.where(valid > 0, rank + row, outside)
     filled = ops.scatter_update(
-        ops.full((outside + 1,), -1, "int32"),
+        ops.zeros((outside + 1,), "int32") - 1,
         ops.reshape(place, (-1, 1)),
         ops.reshape(index, (-1,)),
     )

@@ -45,6 +45,8 @@ def get(identifier):
 
 
 def _deserialize(config, cls=None):
+    # A built rule's config says so, but a rule is built by its layer.
+    config = {name: x for name, x in config.items() if name != "build_config"}
     custom_objects = {} if cls is None else {cls.__name__: cls}
     rule = keras.saving.deserialize_keras_object(config, custom_objects=custom_objects)
     if not isinstance(rule, MemoryUpdateRule):
