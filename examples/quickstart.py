@@ -28,8 +28,7 @@ LAYERS = 2
 WINDOW = 256  # bytes in a training example
 BATCH = 4
 HELD_OUT = 200 * WINDOW  # bytes
-PROMPT = '''def read_lines(path):
-    """'''
+PROMPT = "class Reader:\n    def __init__(self, "
 
 
 def read_corpus(limit=2_000_000):
@@ -111,7 +110,7 @@ def build_models():
     return trainer, writer, layers
 
 
-def write(writer, states, prompt, length, rng, temperature=0.5):
+def write(writer, states, prompt, length, rng, temperature=0.7):
     """Continues the prompt a byte at a time. All that is carried on is the state."""
     text = prompt.encode()
     for position in range(len(text) + length - 1):

@@ -321,8 +321,7 @@ class MoMLayer(ProjectionsMixin, keras.layers.Layer):
         kernels = None
         if self.convolution_kernels is not None:
             kernels = [
-                ops.cast(kernel, self.compute_dtype)
-                for kernel in self.convolution_kernels
+                ops.convert_to_tensor(kernel) for kernel in self.convolution_kernels
             ]
         return_state = self.return_state or self.stateful
         options = dict(implementation=self.implementation, return_state=return_state)

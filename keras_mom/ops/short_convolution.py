@@ -78,8 +78,10 @@ def short_convolution(
 
 @register("short_convolution", "portable")
 def _portable(inputs, kernel, *, segment_ids, initial_state, return_state, activation):
-    width = kernel.shape[0]
-    history = width - 1
+    # The taps are summed in float32, whatever the inputs' dtype.
+    dtype = inputs.dtype
+    inputs, kernel = ops.cast(inputs, "float32"), ops.cast(kernel, "float32")
+    history = kernel.shape[0] - 1
     length = ops.shape(inputs)[1]
     if initial_state is None:
         extended = ops.pad(inputs, [[0, 0], [history, 0], [0, 0]])
@@ -89,7 +91,6 @@ def _portable(inputs, kernel, *, segment_ids, initial_state, return_state, activ
     if segment_ids is not None:
         first = ops.repeat(segment_ids[:, :1], history, axis=1)
         extended_ids = ops.concatenate([first, segment_ids], axis=1)
-    kernel = ops.cast(kernel, inputs.dtype)
     output = inputs * kernel[history]
     for i in range(history):
         tap = extended[:, i : i + length]
@@ -99,13 +100,14 @@ def _portable(inputs, kernel, *, segment_ids, initial_state, return_state, activ
         output = output + tap * kernel[i]
     if activation == "silu":
         output = ops.silu(output)
+    output = ops.cast(output, dtype)
     if not return_state:
         return output, None
     state = extended[:, length:]
     if segment_ids is not None:
         same = extended_ids[:, length:] == extended_ids[:, -1:]
         state = ops.where(same[..., None], state, ops.zeros((), state.dtype))
-    return output, state
+    return output, ops.cast(state, dtype)
 
 
 def _check_shape(name, tensor, expected):

@@ -66,8 +66,7 @@ if BACKEND == "torch":
                 isinstance(x, torch.Tensor) and x.dtype in (torch.bool, torch.uint8)
                 for x in arguments[1]
             )
-        # A copy to another device is a read; every tensor here lives on one.
-        return base == "_to_copy" and function is None
+        return False
 
     class Recorder(TorchDispatchMode):
         """Records all operations, and fails on those that read values."""
@@ -97,7 +96,13 @@ if BACKEND == "torch":
 
             return call
 
+        def refused(tensor, *args, **kwargs):
+            raise AssertionError("a tensor's method reads values")
+
         with monkeypatch.context() as patch:
+            # These read CPU memory without an operation.
+            for name in ("numpy", "tolist", "__array__"):
+                patch.setattr(torch.Tensor, name, refused)
             for part in (chunked_scan._SCAN, rows._GATHER, rows._SUM):
                 for name in ("forward", "backward"):
                     patch.setattr(part, name, watched(getattr(part, name)))
@@ -136,6 +141,8 @@ if BACKEND == "torch":
             lambda x: torch.masked_select(x, x > 0),
             lambda x: int(x.argmax()),
             lambda x: x.tolist(),
+            lambda x: np.asarray(x),
+            lambda x: x.numpy(),
             lambda x: torch.equal(x, x),
         ],
     )
@@ -154,13 +161,17 @@ if BACKEND == "torch":
 
         monkeypatch.setattr(rows._GATHER, "forward", reading)
         layer = make_layer()
-        with pytest.raises(AssertionError, match="_local_scalar_dense.* reads values"):
+        with pytest.raises(AssertionError, match=r"(item|scalar_dense).* reads values"):
             with record(monkeypatch):
                 layer(torch.tensor(tokens(BATCH, LENGTH, WIDTH)))
 
     def test_the_layer_is_one_graph():
-        """`fullgraph=True` raises at anything that has to run in Python."""
-        layer = make_layer(return_state=True)
+        """`fullgraph=True` raises at anything that has to run in Python.
+
+        Without the balance loss: Keras keeps losses in a list, whose changes alone
+        make `torch.compile` trace again.
+        """
+        layer = make_layer(balance_loss_weight=0)
         inputs = torch.tensor(tokens(BATCH, LENGTH, WIDTH))
         graphs = []
 
@@ -168,10 +179,10 @@ if BACKEND == "torch":
             graphs.append(graph)
             return graph.forward
 
-        function = torch.compile(lambda x: layer(x)[0], fullgraph=True, backend=count)
+        function = torch.compile(layer, fullgraph=True, backend=count)
         for kernel in routings(layer):
             layer.router.kernel.assign(kernel)
-            expected = keras.ops.convert_to_numpy(layer(inputs)[0])
+            expected = keras.ops.convert_to_numpy(layer(inputs))
             output = keras.ops.convert_to_numpy(function(inputs))
             np.testing.assert_allclose(output, expected, atol=1e-6)
         assert len(graphs) == 1

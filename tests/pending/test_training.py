@@ -63,6 +63,10 @@ def assert_falls(losses):
 # Compilers. On torch, `jit_compile=True` is `torch.compile`.
 
 
+# One model only: `torch.compile` takes most of a minute.
+COMPILED = BACKEND != "torch"
+
+
 @pytest.mark.parametrize("jit_compile", [True, False, "auto"])
 def test_fit_with_a_length_that_is_not_known(jit_compile):
     model, _ = model_of(None)
@@ -72,13 +76,13 @@ def test_fit_with_a_length_that_is_not_known(jit_compile):
 
 def test_fit_with_a_fixed_length():
     model, _ = model_of(10)
-    compiled(model, jit_compile=True)
+    compiled(model, jit_compile=COMPILED)
     assert_falls(fit(model, tokens(4, 10, WIDTH)))
 
 
 def test_fit_with_two_lengths_in_turn():
     model, _ = model_of(None)
-    compiled(model, jit_compile=BACKEND != "torch")
+    compiled(model, jit_compile=COMPILED)
     losses = {10: [], 7: []}
     for _ in range(4):
         for length, history in losses.items():
@@ -90,7 +94,7 @@ def test_fit_with_two_lengths_in_turn():
 def test_compilers_agree():
     """One step, compiled and not, from the same weights."""
     results = []
-    for jit_compile in (True, False):
+    for jit_compile in (COMPILED or "auto", False):
         model, layer = model_of(10, balance_loss_weight=0.1)
         sgd = keras.optimizers.SGD(0.1)
         compiled(model, optimizer=sgd, jit_compile=jit_compile)

@@ -1,0 +1,78 @@
+"""`MoMLayer` against a float64 transcription that runs token by token."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.layer_helpers import (
+    assert_close,
+    call,
+    make_layer,
+    to_numpy,
+    tokens,
+    variables_of,
+)
+from tests.layer_reference import mom_layer, weights_of
+
+torch.set_num_threads(1)
+
+VARIANTS = {
+    "defaults": {},
+    "no_shared_memory": {"shared_memory": False},
+    "no_convolution": {"conv_width": None},
+    "convolution_of_width_1": {"conv_width": 1},
+    "no_gate": {"use_output_gate": False},
+    "shared_projections": {"per_memory_projections": False},
+    "shared_projections_alone": {
+        "per_memory_projections": False,
+        "shared_memory": False,
+    },
+    "value_dim_is_key_dim": {"value_dim": None, "num_heads": 1},
+    "linear_attention": {"update_rule": "linear_attention"},
+    "one_memory": {"num_memories": 1, "top_k": 1, "shared_memory": False},
+    "every_memory": {"num_memories": 3, "top_k": 3, "norm_epsilon": 1e-3},
+}
+
+# Two chunks of the scan in the fuller memories, and rows left over.
+BATCH, LENGTH, WIDTH = 2, 75, 12
+
+
+def _mask():
+    mask = np.random.default_rng(3).random((BATCH, LENGTH)) < 0.8
+    mask[0, :4] = False
+    mask[1, -5:] = False
+    return mask
+
+
+def _segments():
+    # Documents of 9, 1, 30 and 35 tokens; an id is used again.
+    lengths = [9, 1, 30, 35]
+    ids = np.repeat([4, 9, 4, 2], lengths)
+    return np.stack([ids, ids[::-1]]).astype("int32")
+
+
+def _state(layer):
+    shapes = [x.shape for x in layer.get_initial_state(BATCH)]
+    return tuple(tokens(*shape, seed=7) for shape in shapes)
+
+
+@pytest.mark.parametrize("variant", ["defaults", "no_convolution", "linear_attention"])
+def test_mixed_bfloat16(variant):
+    """All that a bfloat16 layer adds to its bfloat16 projections stays below 5e-3.
+
+    Inputs and kernels are bfloat16 numbers, and the reference rounds what a Dense
+    layer of this dtype returns. The router is float32: the routing is the same.
+    """
+    layer = make_layer(dtype="mixed_bfloat16", return_state=True, **VARIANTS[variant])
+    for name, variable in variables_of(layer).items():
+        if name not in ("router", "A_log", "dt_bias"):
+            variable.assign(_to_bfloat16(to_numpy(variable.value)))
+    inputs = _to_bfloat16(tokens(BATCH, LENGTH, WIDTH))
+    expected = mom_layer(
+        layer, weights_of(layer), inputs.astype("float64"), rounded=_to_bfloat16
+    )
+    assert_close(call(layer, inputs), expected, 5e-3)
+
+
+def _to_bfloat16(x):
+    return torch.tensor(x).bfloat16().to(torch.tensor(x).dtype).numpy()
