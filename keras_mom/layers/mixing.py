@@ -11,6 +11,7 @@ from keras import ops
 from keras_mom.ops.dispatch import dispatch
 from keras_mom.ops.memory_scan import AlignedSegments, block_size, chunk_size
 from keras_mom.ops.packing import Documents, Packing
+from keras_mom.ops.padding import pad
 from keras_mom.ops.rows import gather_rows, sum_rows
 from keras_mom.ops.short_convolution import short_convolution
 
@@ -183,8 +184,8 @@ def mix_token(sizes, rule, kernels, tokens, weights, indices, mask, state, optio
     active = ops.any(chosen, axis=1)
     weight = ops.sum(ops.where(chosen, weights[:, 0, :, None], 0.0), axis=1)
     if sizes.shared:
-        active = ops.pad(active, [[0, 0], [0, 1]], constant_values=True)
-        weight = ops.pad(weight, [[0, 0], [0, 1]], constant_values=1.0)
+        active = pad(active, 1, after=1, fill=1)
+        weight = pad(weight, 1, after=1, fill=1)
     if mask is not None:
         active = ops.logical_and(active, mask)
 
@@ -286,9 +287,7 @@ def _packed(packing, inputs, moves, window):
     offset = ops.shape(inputs)[1]
     history_source, history_targets = packing.history_source(offset)
     missing = targets.shape[-1] - 1
-    history_targets = ops.pad(
-        history_targets, [[0, 0], [0, 0], [0, missing]], constant_values=-1
-    )
+    history_targets = pad(history_targets, 2, after=missing, fill=-1)
     return gather_rows(
         ops.concatenate([inputs, window], axis=1),
         ops.maximum(source, history_source),
@@ -310,7 +309,7 @@ def _mix(sizes, packing, outputs, weights):
     """Weighted sum of each token's rows: `[B, R, H, V]` to `[B, T, H, V]`."""
     batch, length, _ = ops.shape(weights)
     if sizes.shared:
-        weights = ops.pad(weights, [[0, 0], [0, 0], [0, 1]], constant_values=1.0)
+        weights = pad(weights, 2, after=1, fill=1)
     slots = weights.shape[2]
     row_weights = gather_rows(
         ops.reshape(weights, (batch, length * slots, 1)),

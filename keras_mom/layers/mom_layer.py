@@ -378,7 +378,8 @@ class MoMLayer(ProjectionsMixin, keras.layers.Layer):
         if initial_state is None:
             if not self.stateful:
                 return None
-            return tuple(variable.value for variable in self.states)
+            # Copies: the variables are written before the backward pass reads these.
+            return tuple(ops.copy(variable.value) for variable in self.states)
         return check_state(initial_state, self._state_shapes(), inputs.shape[0])
 
     def _create_states(self, batch):
@@ -492,7 +493,7 @@ class MoMLayer(ProjectionsMixin, keras.layers.Layer):
             "num_memories": self.num_memories,
             "top_k": self.top_k,
             "shared_memory": self.shared_memory,
-            "update_rule": keras.saving.serialize_keras_object(self.update_rule),
+            "update_rule": rules.serialize(self.update_rule),
             "per_memory_projections": self.per_memory_projections,
             "conv_width": self.conv_width,
             "use_output_gate": self.use_output_gate,

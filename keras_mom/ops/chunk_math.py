@@ -8,6 +8,8 @@ nothing here overflows, at decays of exp(-20) a step as at decays of 1.
 import numpy as np
 from keras import ops
 
+from keras_mom.ops.padding import pad
+
 # exp(-1000) and everything below it is exactly 0 in float32.
 LOWEST_LOG_DECAY = -1000.0
 # Sums of a chunk's coarse parts, multiples of this quantum, are exact in float32.
@@ -76,14 +78,12 @@ class CumulativeDecay:
         return ops.exp(self.coarse + self.fine)
 
 
-def shift_down(x, axis, fill=0.0):
-    """Moves rows one place down along `axis`; `fill` enters at the top."""
+def shift_down(x, axis):
+    """Moves rows one place down along `axis`; zeros enter at the top."""
     axis = axis % len(x.shape)
     head = [slice(None)] * len(x.shape)
     head[axis] = slice(0, -1)
-    width = [[0, 0] for _ in x.shape]
-    width[axis][0] = 1
-    return ops.pad(x[tuple(head)], width, constant_values=fill)
+    return pad(x[tuple(head)], axis, before=1)
 
 
 # Products with one decay a head: `left_t . right_j * decay_tj`.

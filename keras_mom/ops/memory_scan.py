@@ -9,6 +9,7 @@ from keras import ops
 from keras_mom import backend
 from keras_mom.ops.chunked_scan import ScanOptions, chunked_scan
 from keras_mom.ops.dispatch import dispatch, register
+from keras_mom.ops.padding import pad
 from keras_mom.ops.rows import gather_rows
 
 # C, the rows of a chunk.
@@ -205,15 +206,12 @@ def _padded(options, tensors, initial_state):
     length = ops.shape(tensors[0])[1]
     missing = -length % (options.chunk_size * options.block_size)
 
-    def pad(x):
-        if x is None or (isinstance(missing, int) and missing == 0):
-            return x
-        return ops.pad(x, [[0, 0], [0, missing]] + [[0, 0]] * (len(x.shape) - 2))
-
     if initial_state is not None:
         initial_state = initial_state[:, None]
     output, state = chunked_scan(
-        options, *[pad(x) for x in tensors], initial_state=initial_state
+        options,
+        *[x if x is None else pad(x, 1, after=missing) for x in tensors],
+        initial_state=initial_state,
     )
     return output[:, :length], state[:, 0]
 
@@ -227,7 +225,7 @@ def _packed(options, tensors, cu_seqlens, initial_state):
     chunks = -(-chunks // options.block_size) * options.block_size
     starts, lengths = cu_seqlens[:-1], cu_seqlens[1:] - cu_seqlens[:-1]
     offsets = ops.cumsum((lengths + (size - 1)) // size)
-    offsets = ops.pad(offsets, [[1, 0]])
+    offsets = pad(offsets, 0, before=1)
 
     # Where each packed row goes, and where each aligned row comes from.
     row = ops.arange(rows, dtype="int32")

@@ -11,6 +11,8 @@ from the shapes alone, and nothing is read back to the host.
 
 from keras import ops
 
+from keras_mom.ops.padding import pad
+
 
 class Packing:
     """Where each routed token goes, and where each packed row comes from.
@@ -49,14 +51,14 @@ class Packing:
 
         routed = _one_hot(indices, num_memories)
         if shared:
-            routed = ops.pad(routed, [[0, 0], [0, 0], [0, 1]], constant_values=1)
+            routed = pad(routed, 2, after=1, fill=1)
         if mask is not None:
             routed = routed * ops.cast(mask, "int32")[..., None]
         rank = ops.cumsum(routed, axis=1) - routed
         self.count = ops.sum(routed, axis=1)
 
         needed = (self.count + (history + chunk_size - 1)) // chunk_size
-        offsets = ops.pad(ops.cumsum(needed, axis=1), [[0, 0], [1, 0]])
+        offsets = pad(ops.cumsum(needed, axis=1), 1, before=1)
         self.start = offsets[:, :-1] * chunk_size
         # Chunks behind all regions count as the last one's; they hold nothing.
         self.chunk_offsets = ops.concatenate(
@@ -128,11 +130,7 @@ class Packing:
         else:
             # One set for all routed memories, one for the shared memory.
             own = self.targets[:, :, :-1]
-            shared = ops.pad(
-                self.targets[:, :, -1:],
-                [[0, 0], [0, 0], [0, slots - 2]],
-                constant_values=-1,
-            )
+            shared = pad(self.targets[:, :, -1:], 2, after=slots - 2, fill=-1)
             targets = ops.reshape(
                 ops.stack([own, shared], axis=2), (batch, length * sets, slots - 1)
             )
@@ -186,7 +184,7 @@ class Documents:
         number = ops.take_along_axis(of_tokens, token, axis=1)
         filled = packing.token >= 0
         self.of_rows = ops.where(filled, number, 0)
-        before = ops.pad(self.of_rows[:, :-1], [[0, 0], [1, 0]])
+        before = pad(self.of_rows[:, :-1], 1, before=1)
         before = ops.where(packing.place <= 0, 0, before)
         changed = ops.logical_and(filled, self.of_rows != before)
         self.resets = ops.cast(changed, "int32")
@@ -200,10 +198,10 @@ def _document_numbers(segment_ids, mask):
     batch, length = ops.shape(segment_ids)
     if mask is None:
         changed = segment_ids[:, 1:] != segment_ids[:, :-1]
-        return ops.cumsum(ops.pad(ops.cast(changed, "int32"), [[0, 0], [1, 0]]), axis=1)
+        return ops.cumsum(pad(ops.cast(changed, "int32"), 1, before=1), axis=1)
     # Compare with the valid token before: its index is the largest one so far.
     index = ops.where(mask, ops.arange(length, dtype="int32"), -1)
-    before = ops.pad(_running_max(index)[:, :-1], [[0, 0], [1, 0]], constant_values=-1)
+    before = pad(_running_max(index)[:, :-1], 1, before=1, fill=-1)
     previous = ops.take_along_axis(segment_ids, ops.maximum(before, 0), axis=1)
     changed = ops.logical_and(mask, segment_ids != previous)
     changed = ops.logical_and(changed, before >= 0)

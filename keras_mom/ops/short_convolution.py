@@ -3,6 +3,7 @@
 from keras import ops
 
 from keras_mom.ops.dispatch import dispatch, register
+from keras_mom.ops.padding import pad
 
 
 def short_convolution(
@@ -84,7 +85,7 @@ def _portable(inputs, kernel, *, segment_ids, initial_state, return_state, activ
     history = kernel.shape[0] - 1
     length = ops.shape(inputs)[1]
     if initial_state is None:
-        extended = ops.pad(inputs, [[0, 0], [history, 0], [0, 0]])
+        extended = pad(inputs, 1, before=history)
     else:
         initial_state = ops.cast(initial_state, inputs.dtype)
         extended = ops.concatenate([initial_state, inputs], axis=1)

@@ -11,7 +11,14 @@ _BY_NAME = {
     "linear_attention": LinearAttention,
 }
 
-__all__ = ["GatedDeltaNet", "LinearAttention", "MemoryUpdateRule", "get", "names"]
+__all__ = [
+    "GatedDeltaNet",
+    "LinearAttention",
+    "MemoryUpdateRule",
+    "get",
+    "names",
+    "serialize",
+]
 
 
 def names():
@@ -34,8 +41,7 @@ def get(identifier):
     if isinstance(identifier, str) and identifier in _BY_NAME:
         return _BY_NAME[identifier]()
     if isinstance(identifier, MemoryUpdateRule):
-        config = keras.saving.serialize_keras_object(identifier)
-        return _deserialize(config, type(identifier))
+        return _deserialize(serialize(identifier), type(identifier))
     if isinstance(identifier, dict):
         return _deserialize(identifier)
     raise ValueError(
@@ -44,8 +50,14 @@ def get(identifier):
     )
 
 
+def serialize(rule):
+    """The config of a rule, for `get`: without weights, and as yet unbuilt."""
+    config = keras.saving.serialize_keras_object(rule)
+    # Whether it is built is up to its layer.
+    return {name: x for name, x in config.items() if name != "build_config"}
+
+
 def _deserialize(config, cls=None):
-    # A built rule's config says so, but a rule is built by its layer.
     config = {name: x for name, x in config.items() if name != "build_config"}
     custom_objects = {} if cls is None else {cls.__name__: cls}
     rule = keras.saving.deserialize_keras_object(config, custom_objects=custom_objects)

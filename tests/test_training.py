@@ -156,7 +156,7 @@ def balance_by_hand(layer, inputs, mask=None):
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_balance_loss(masked):
     layer = make_layer(balance_loss_weight=0.3)
-    inputs = tokens(3, 20, WIDTH)
+    inputs = tokens(3, 20, WIDTH) + 1
     mask = None
     if masked:
         mask = np.random.default_rng(0).random((3, 20)) < 0.6
@@ -164,7 +164,7 @@ def test_the_balance_loss(masked):
     layer(inputs, mask=mask)
     (loss,) = layer.losses
     expected, _ = balance_by_hand(layer, inputs, mask)
-    assert expected > 1.01
+    assert expected > 1.05
     np.testing.assert_allclose(to_numpy(loss), 0.3 * expected, rtol=1e-5)
 
 
@@ -360,8 +360,9 @@ def test_remat_changes_no_result(scope, trained):
     np.testing.assert_allclose(share, expected_share, atol=1e-6)
     if BACKEND == "torch":
         # The backward pass computes the layer again; JAX and TF trace it once.
+        # Keras calls a model once without a gradient before it trains.
         again = 1 if scope == "another layer" else 2
-        assert runs == again * expected_runs
+        assert runs == 1 + again * (expected_runs - 1)
 
 
 def test_remat_with_everything_given():
