@@ -166,12 +166,8 @@ if BACKEND == "torch":
                 layer(torch.tensor(tokens(BATCH, LENGTH, WIDTH)))
 
     def test_the_layer_is_one_graph():
-        """`fullgraph=True` raises at anything that has to run in Python.
-
-        Without the balance loss: Keras keeps losses in a list, whose changes alone
-        make `torch.compile` trace again.
-        """
-        layer = make_layer(balance_loss_weight=0)
+        """`fullgraph=True` raises at anything that has to run in Python."""
+        layer = make_layer()
         inputs = torch.tensor(tokens(BATCH, LENGTH, WIDTH))
         graphs = []
 

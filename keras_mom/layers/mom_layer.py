@@ -336,6 +336,12 @@ class MoMLayer(ProjectionsMixin, keras.layers.Layer):
             output = _last_valid(output, mask)
         return output, state if return_state else None, statistics
 
+    def _clear_losses(self):
+        # `torch.compile` would guard the tensors in the old list, and so compile
+        # again at every step.
+        self._losses = []
+        super()._clear_losses()
+
     def _project_output(self, mixed, inputs):
         mean_square = ops.mean(ops.square(mixed), axis=-1, keepdims=True)
         normalized = mixed * ops.rsqrt(mean_square + self.norm_epsilon)
