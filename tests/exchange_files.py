@@ -19,7 +19,9 @@ def language_model(seed, lora=False, **kwargs):
     """Random weights of this backend's own: the files carry them over."""
     keras.utils.set_random_seed(seed)
     ids = keras.Input((None,), dtype="int32")
-    x = keras.layers.Embedding(9, 12, mask_zero=True)(ids)
+    # Outputs of about 1.
+    normal = keras.initializers.RandomNormal(stddev=1.0)
+    x = keras.layers.Embedding(9, 12, normal, mask_zero=True)(ids)
     for _ in range(2):
         layer = keras_mom.MoMLayer(2, 6, **kwargs)
         x = x + layer(x)

@@ -168,6 +168,7 @@ def test_time_distributed_runs_the_layer_on_each_slice(masked):
     inner = make_layer(width=8)
     layer = keras.layers.TimeDistributed(inner)
     inputs = tokens(2, 3, LENGTH, 8)
+    layer.build(inputs.shape)
     mask = np.random.default_rng(0).random((2, 3, LENGTH)) < 0.7 if masked else None
     output = call(layer, inputs, mask=mask)
     for i in range(3):

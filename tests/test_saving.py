@@ -429,5 +429,5 @@ if BACKEND == "jax":
     def test_a_file_loads_on_every_backend(writer, reader, name, exchanged):
         written = np.load(exchanged / f"{name}-{writer}.npy")
         read = np.load(exchanged / f"{name}-{writer}-read-by-{reader}.npy")
-        assert written.std() > 0.05
+        assert written.std() > 0.1
         assert relative_rms(read, written) < 1e-5

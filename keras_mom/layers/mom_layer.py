@@ -362,10 +362,10 @@ class MoMLayer(ProjectionsMixin, keras.layers.Layer):
         normalized = normalized * ops.cast(self.norm_scale, "float32")
         batch, length, heads, width = ops.shape(normalized)
         output = ops.reshape(normalized, (batch, length, heads * width))
-        output = ops.cast(output, self.compute_dtype)
         if self.gate_projection is not None:
-            output = output * ops.silu(self.gate_projection(inputs))
-        return self.output_projection(output)
+            gate = ops.cast(self.gate_projection(inputs), "float32")
+            output = output * ops.silu(gate)
+        return self.output_projection(ops.cast(output, self.compute_dtype))
 
     def _record(self, training, output, state, statistics):
         """Writes what a call leaves behind, and returns its outputs."""
@@ -425,7 +425,7 @@ class MoMLayer(ProjectionsMixin, keras.layers.Layer):
     def reset_state(self):
         """Empties the state of a `stateful` layer."""
         for variable in self.states or ():
-            variable.assign(ops.zeros_like(variable))
+            variable.assign(ops.zeros(variable.shape, variable.dtype))
 
     reset_states = reset_state
 
