@@ -1,21 +1,26 @@
 """The one place in `keras_mom` that imports a framework.
 
-Each module of this package offers the same five names for one Keras backend:
+Each module of this package offers the same names for one Keras backend:
 
 - `scan(step, carry, length, num_outputs, reverse)`: a loop without a gradient of its
   own. `step` takes a carry and an index, and returns a carry and a tuple of
   `num_outputs` tensors of the carry's dtype, which are joined along their second axis,
   in index order;
-- `Differentiable(name, forward, backward, infer)`: a function of tensors with a
-  gradient written by hand, called as `function(options, *tensors)`. Options are a
-  hashable value of strings, numbers and booleans; tensors may be None.
+- `Differentiable(name, forward, backward, infer, make_options)`: a function of tensors
+  with a gradient written by hand, called as `function(options, *tensors)`. Options
+  are a tuple of strings, numbers, booleans and None, which `make_options` makes of
+  its items; tensors may be None.
   `forward(options, *tensors)` returns a tuple of tensors; those that a caller drops
   may serve as residuals. `backward(options, tensors, outputs, gradients)` returns a
   gradient, or None, for each of `tensors`. `infer(options, *tensors)` returns the
   (shape, dtype) of each output for tracers that do not run `forward`;
 - `full_precision()`: a context in which float32 products are float32 products;
 - `accelerator()`: the kind of accelerator in use, or None on a CPU;
-- `is_concrete(tensor)`: whether the values can be read without a device sync.
+- `is_concrete(tensor)`: whether the values can be read without a device sync;
+- `block_elements()`: how many elements an elementwise computation should take at a
+  time, so that its intermediates stay in the cache; None to take all at once;
+- `unit_lower_inverse(strict)`: `(I + A)^-1` of strictly lower triangular matrices
+  `[..., C, C]`, by substitution; None where the framework's own is slow.
 """
 
 import keras
@@ -37,5 +42,15 @@ accelerator = _implementation.accelerator
 full_precision = _implementation.full_precision
 is_concrete = _implementation.is_concrete
 scan = _implementation.scan
+block_elements = _implementation.block_elements
+unit_lower_inverse = _implementation.unit_lower_inverse
 
-__all__ = ["Differentiable", "accelerator", "full_precision", "is_concrete", "scan"]
+__all__ = [
+    "Differentiable",
+    "accelerator",
+    "block_elements",
+    "full_precision",
+    "is_concrete",
+    "scan",
+    "unit_lower_inverse",
+]

@@ -20,8 +20,8 @@ def scan(step, carry, length, num_outputs, reverse=False):
 class Differentiable:
     """See `keras_mom.backend`."""
 
-    def __init__(self, name, forward, backward, infer):
-        del infer  # JAX traces `forward`.
+    def __init__(self, name, forward, backward, infer, make_options=tuple):
+        del infer, make_options  # JAX traces `forward`.
         self.name = name
         self.forward = forward
         self.backward = backward
@@ -67,3 +67,12 @@ def is_concrete(tensor):
     if isinstance(tensor, jax.core.Tracer):
         return False
     return all(device.platform == "cpu" for device in tensor.devices())
+
+
+def block_elements():
+    """See `keras_mom.backend`. XLA makes one pass of what is written as several."""
+    return None
+
+
+# XLA's triangular solve is slow on a CPU, and slower to differentiate.
+unit_lower_inverse = None

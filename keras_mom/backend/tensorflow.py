@@ -39,8 +39,8 @@ def _joined(x):
 class Differentiable:
     """See `keras_mom.backend`."""
 
-    def __init__(self, name, forward, backward, infer):
-        del infer  # TensorFlow traces `forward`.
+    def __init__(self, name, forward, backward, infer, make_options=tuple):
+        del infer, make_options  # TensorFlow traces `forward`.
         self.name = name
         self.forward = forward
         self.backward = backward
@@ -83,3 +83,12 @@ def accelerator():
 def is_concrete(tensor):
     """Whether the values of `tensor` can be read here without a device sync."""
     return isinstance(tensor, tf.__internal__.EagerTensor) and "CPU" in tensor.device
+
+
+def block_elements():
+    """See `keras_mom.backend`. XLA makes one pass of what is written as several."""
+    return None
+
+
+# XLA's triangular solve is slow on a CPU, and slower to differentiate.
+unit_lower_inverse = None

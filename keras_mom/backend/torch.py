@@ -1,6 +1,8 @@
 """Loops, hand-written gradients and device facts on torch."""
 
+import ast
 import contextlib
+import functools
 
 import torch
 from keras import ops
@@ -15,6 +17,9 @@ def scan(step, carry, length, num_outputs, reverse=False):
     return carry, tuple(torch.cat(x, dim=1) for x in zip(*outputs))
 
 
+_parsed = functools.cache(ast.literal_eval)
+
+
 class Differentiable:
     """See `keras_mom.backend`.
 
@@ -22,12 +27,12 @@ class Differentiable:
     does not unroll the loops inside.
     """
 
-    def __init__(self, name, forward, backward, infer):
+    def __init__(self, name, forward, backward, infer, make_options=tuple):
         self.name = name
         self.forward = forward
         self.backward = backward
         self.infer = infer
-        self.options = []
+        self.make_options = make_options
         self._forward = self._register_forward()
         self._backward = self._register_backward()
         self._forward.register_autograd(
@@ -36,22 +41,21 @@ class Differentiable:
 
     def __call__(self, options, *tensors):
         present = tuple(tensor is not None for tensor in tensors)
-        key = (options, present)
-        if key not in self.options:
-            self.options.append(key)
         values = [tensor for tensor in tensors if tensor is not None]
-        return tuple(self._forward(values, self.options.index(key)))
+        # Text, because an operator takes no tuple.
+        return tuple(self._forward(values, repr((tuple(options), present))))
 
     def _restore(self, values, key):
-        options, present = self.options[key]
+        options, present = _parsed(key)
         values = iter(values)
-        return options, [next(values) if there else None for there in present]
+        tensors = [next(values) if there else None for there in present]
+        return self.make_options(options), tensors
 
     def _register_forward(self):
         @torch.library.custom_op(
             f"keras_mom::{self.name}",
             mutates_args=(),
-            schema="(Tensor[] tensors, int key) -> Tensor[]",
+            schema="(Tensor[] tensors, str key) -> Tensor[]",
         )
         def forward(tensors, key):
             options, tensors = self._restore(tensors, key)
@@ -72,7 +76,7 @@ class Differentiable:
             f"keras_mom::{self.name}_backward",
             mutates_args=(),
             schema=(
-                "(Tensor[] tensors, Tensor[] outputs, Tensor[] gradients, int key)"
+                "(Tensor[] tensors, Tensor[] outputs, Tensor[] gradients, str key)"
                 " -> Tensor[]"
             ),
         )
@@ -101,7 +105,8 @@ class Differentiable:
         saved = ctx.saved_tensors
         tensors, outputs = list(saved[: ctx.count]), list(saved[ctx.count :])
         gradients = [
-            torch.zeros_like(output) if gradient is None else gradient
+            # Zeros that take no memory.
+            output.new_zeros(()).expand(output.shape) if gradient is None else gradient
             for output, gradient in zip(outputs, gradients)
         ]
         grads = iter(self._backward(tensors, outputs, gradients, ctx.key))
@@ -125,4 +130,17 @@ def is_concrete(tensor):
         tensor.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and not isinstance(tensor, torch._subclasses.FakeTensor)
+    )
+
+
+def block_elements():
+    """Elements that fit a core's cache together with a few arrays like them."""
+    return None if accelerator() else 2**18
+
+
+def unit_lower_inverse(strict):
+    """See `keras_mom.backend`. Forward substitution, matrix by matrix."""
+    identity = torch.eye(strict.shape[-1], dtype=strict.dtype, device=strict.device)
+    return torch.linalg.solve_triangular(
+        strict, identity.expand(strict.shape), upper=False, unitriangular=True
     )

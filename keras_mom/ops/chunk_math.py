@@ -8,6 +8,7 @@ nothing here overflows, at decays of exp(-20) a step as at decays of 1.
 import numpy as np
 from keras import ops
 
+from keras_mom import backend
 from keras_mom.ops.padding import pad
 
 # exp(-1000) and everything below it is exactly 0 in float32.
@@ -28,9 +29,12 @@ def optional_product(x, factor):
 
 def split_chunks(x, size):
     """`[B, T, H, ...]` to `[B, T / C, H, C, ...]`."""
-    shape = ops.shape(x)
-    x = ops.reshape(x, (shape[0], shape[1] // size, size, *shape[2:]))
-    return ops.swapaxes(x, 2, 3)
+    batch, length, heads, *rest = ops.shape(x)
+    chunks = length // size
+    x = ops.swapaxes(ops.reshape(x, (batch, chunks, size, heads, *rest)), 2, 3)
+    # Torch copies here, once, and not at every product that follows.
+    x = ops.reshape(x, (batch * chunks * heads, size, *rest))
+    return ops.reshape(x, (batch, chunks, heads, size, *rest))
 
 
 def merge_chunks(x):
@@ -234,6 +238,8 @@ def unit_lower_inverse(strict):
     single entries up. This keeps float32 accuracy when keys are correlated; a Neumann
     series over the whole chunk does not.
     """
+    if backend.unit_lower_inverse is not None:
+        return backend.unit_lower_inverse(strict)
     size = strict.shape[-1]
     inverse = ops.ones((*ops.shape(strict)[:-2], size, 1, 1), "float32")
     for half in _levels(size):

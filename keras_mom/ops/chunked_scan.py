@@ -315,4 +315,6 @@ def _infer(options, query, key, value, log_decay, beta, resets, offsets, initial
     )
 
 
-_SCAN = backend.Differentiable("memory_scan", _forward, _backward, _infer)
+_SCAN = backend.Differentiable(
+    "memory_scan", _forward, _backward, _infer, ScanOptions._make
+)

@@ -3,11 +3,11 @@
 import math
 from typing import NamedTuple
 
-import numpy as np
 from keras import ops
 
 from keras_mom import backend
 from keras_mom.ops.chunked_scan import ScanOptions, chunked_scan
+from keras_mom.ops.cu_seqlens import checked_cu_seqlens, sequence_of
 from keras_mom.ops.dispatch import dispatch, register
 from keras_mom.ops.padding import pad
 from keras_mom.ops.rows import gather_rows
@@ -103,7 +103,7 @@ def memory_scan(
             f"`query` must have shape [B, T, H, K]. Received: {tuple(query.shape)}"
         )
     if cu_seqlens is not None:
-        cu_seqlens = _checked_cu_seqlens(cu_seqlens, query)
+        cu_seqlens = checked_cu_seqlens(cu_seqlens, "query", query.shape[1])
     _check(query, key, value, log_decay, beta, write, cu_seqlens, initial_state)
     if erase_before_decay and write != "delta":
         raise ValueError(
@@ -233,11 +233,11 @@ def _packed(options, tensors, cu_seqlens, initial_state):
 
     # Where each packed row goes, and where each aligned row comes from.
     row = ops.arange(rows, dtype="int32")
-    segment = _segment_of(row, cu_seqlens)
+    segment = sequence_of(row, cu_seqlens)
     target = ops.take(offsets[:-1], segment) * size + row - ops.take(starts, segment)
     target = ops.where(row < cu_seqlens[-1], target, -1)
     aligned = ops.arange(chunks * size, dtype="int32")
-    segment = _segment_of(aligned, offsets * size)
+    segment = sequence_of(aligned, offsets * size)
     place = aligned - ops.take(offsets[:-1], segment) * size
     source = ops.where(
         place < ops.take(lengths, segment), ops.take(starts, segment) + place, -1
@@ -265,43 +265,8 @@ def _packed(options, tensors, cu_seqlens, initial_state):
     return move(output, target[..., 0], source[..., None]), state[0]
 
 
-def _segment_of(row, borders):
-    """The segment that holds each row; the last one for rows behind all."""
-    segment = ops.searchsorted(borders[1:], row, side="right")
-    return ops.minimum(ops.cast(segment, "int32"), borders.shape[0] - 2)
-
-
 def _optional_tensor(x):
     return None if x is None else ops.convert_to_tensor(x)
-
-
-def _checked_cu_seqlens(cu_seqlens, query):
-    if not hasattr(cu_seqlens, "shape"):
-        cu_seqlens = np.asarray(cu_seqlens)
-    known = isinstance(cu_seqlens, np.ndarray) or backend.is_concrete(cu_seqlens)
-    if len(cu_seqlens.shape) != 1 or cu_seqlens.shape[0] < 2:
-        raise ValueError(
-            "`cu_seqlens` must have shape [S + 1] with S at least 1. "
-            f"Received: shape {tuple(cu_seqlens.shape)}"
-        )
-    if "int" not in str(cu_seqlens.dtype):
-        raise ValueError(
-            f"`cu_seqlens` must be of an integer dtype. Received: {cu_seqlens.dtype}"
-        )
-    if known:
-        values = np.asarray(cu_seqlens)
-        rows = query.shape[1]
-        if values[0] != 0 or (np.diff(values) < 0).any():
-            raise ValueError(
-                "`cu_seqlens` must start with 0 and not decrease. "
-                f"Received: {values.tolist()}"
-            )
-        if rows is not None and values[-1] > rows:
-            raise ValueError(
-                f"`cu_seqlens` must not pass the {rows} rows of `query`. "
-                f"Received: {values.tolist()}"
-            )
-    return ops.cast(cu_seqlens, "int32")
 
 
 def _check(query, key, value, log_decay, beta, write, cu_seqlens, initial_state):

@@ -2,8 +2,11 @@
 
 from keras import ops
 
+from keras_mom.ops.cu_seqlens import checked_cu_seqlens, sequence_of
 from keras_mom.ops.dispatch import dispatch, register
 from keras_mom.ops.padding import pad
+from keras_mom.ops.rows import gather_rows
+from keras_mom.ops.tap_sums import tap_sums
 
 
 def short_convolution(
@@ -11,6 +14,7 @@ def short_convolution(
     kernel,
     *,
     segment_ids=None,
+    cu_seqlens=None,
     initial_state=None,
     return_state=False,
     activation="silu",
@@ -27,19 +31,22 @@ def short_convolution(
         segment_ids: integer `[B, T]`: rows of another segment are not read. The
             initial state belongs to the segment of the first row. None means one
             segment a batch row.
-        initial_state: float `[B, width - 1, channels]`, the inputs before the first,
-            or None for zeros.
+        cu_seqlens: int32 `[S + 1]` with B == 1: packs S sequences, of the rows
+            `cu_seqlens[s]` to `cu_seqlens[s + 1] - 1`, each with a state of its own.
+            Rows behind the last sequence give zeros.
+        initial_state: float `[B or S, width - 1, channels]`, the inputs before the
+            first, or None for zeros.
         return_state: whether to return the last `width - 1` inputs too.
         activation: `"silu"` or None.
         implementation: as in `keras_mom.ops.memory_scan`.
 
     Returns:
         `[B, T, channels]` of the dtype of `inputs`; with `return_state` also the
-        state, `[B, width - 1, channels]` of the same dtype. Rows of the state that
+        state, `[B or S, width - 1, channels]` of the same dtype. Rows of the state that
         are not of the last row's segment are zeros.
 
     Raises:
-        ValueError: if a shape or `activation` does not fit.
+        ValueError: if a shape, `cu_seqlens` or `activation` does not fit.
     """
     inputs, kernel = ops.convert_to_tensor(inputs), ops.convert_to_tensor(kernel)
     if len(inputs.shape) != 3:
@@ -60,9 +67,19 @@ def short_convolution(
     if segment_ids is not None:
         segment_ids = ops.convert_to_tensor(segment_ids)
         _check_shape("segment_ids", segment_ids, (batch, length))
+    sequences = batch
+    if cu_seqlens is not None:
+        if batch != 1 or segment_ids is not None:
+            raise ValueError(
+                "`cu_seqlens` packs sequences in one batch row, and takes the place of "
+                f"`segment_ids`. Received: `inputs` of shape {tuple(inputs.shape)}, "
+                f"segment_ids={segment_ids}"
+            )
+        cu_seqlens = checked_cu_seqlens(cu_seqlens, "inputs", length)
+        sequences = cu_seqlens.shape[0] - 1
     if initial_state is not None:
         initial_state = ops.convert_to_tensor(initial_state)
-        expected = (batch, kernel.shape[0] - 1, channels)
+        expected = (sequences, kernel.shape[0] - 1, channels)
         _check_shape("initial_state", initial_state, expected)
     output, state = dispatch(
         "short_convolution",
@@ -70,6 +87,7 @@ def short_convolution(
         inputs,
         kernel,
         segment_ids=segment_ids,
+        cu_seqlens=cu_seqlens,
         initial_state=initial_state,
         return_state=return_state,
         activation=activation,
@@ -78,37 +96,87 @@ def short_convolution(
 
 
 @register("short_convolution", "portable")
-def _portable(inputs, kernel, *, segment_ids, initial_state, return_state, activation):
+def _portable(
+    inputs,
+    kernel,
+    *,
+    segment_ids,
+    cu_seqlens,
+    initial_state,
+    return_state,
+    activation,
+):
     # The taps are summed in float32, whatever the inputs' dtype.
-    dtype = inputs.dtype
-    inputs, kernel = ops.cast(inputs, "float32"), ops.cast(kernel, "float32")
-    history = kernel.shape[0] - 1
-    length = ops.shape(inputs)[1]
-    if initial_state is None:
-        extended = pad(inputs, 1, before=history)
-    else:
+    kernel = ops.cast(kernel, "float32")
+    if initial_state is not None:
         initial_state = ops.cast(initial_state, inputs.dtype)
-        extended = ops.concatenate([initial_state, inputs], axis=1)
-    if segment_ids is not None:
-        first = ops.repeat(segment_ids[:, :1], history, axis=1)
-        extended_ids = ops.concatenate([first, segment_ids], axis=1)
-    output = inputs * kernel[history]
-    for i in range(history):
-        tap = extended[:, i : i + length]
-        if segment_ids is not None:
-            same = extended_ids[:, i : i + length] == segment_ids
-            tap = ops.where(same[..., None], tap, ops.zeros((), tap.dtype))
-        output = output + tap * kernel[i]
-    if activation == "silu":
-        output = ops.silu(output)
-    output = ops.cast(output, dtype)
+    if cu_seqlens is not None:
+        return _packed(inputs, kernel, cu_seqlens, initial_state, activation)
+    output = tap_sums(activation, inputs, kernel, segment_ids, initial_state)
     if not return_state:
         return output, None
-    state = extended[:, length:]
-    if segment_ids is not None:
-        same = extended_ids[:, length:] == extended_ids[:, -1:]
-        state = ops.where(same[..., None], state, ops.zeros((), state.dtype))
-    return output, ops.cast(state, dtype)
+    return output, _last_rows(inputs, segment_ids, initial_state, kernel.shape[0] - 1)
+
+
+def _last_rows(inputs, segment_ids, initial_state, history):
+    """The state behind the inputs."""
+    # Of sequences shorter than the state, a part of the old state stays.
+    tail = inputs[:, -history:] if history else inputs[:, :0]
+    ids = None if segment_ids is None else segment_ids[:, -history:]
+    missing = ops.maximum(history - ops.shape(inputs)[1], 0)
+    if isinstance(inputs.shape[1], int):
+        missing = max(history - inputs.shape[1], 0)
+    if initial_state is None:
+        tail = pad(tail, 1, before=missing)
+    elif not isinstance(missing, int) or missing:
+        old = initial_state[:, history - missing :]
+        tail = ops.concatenate([old, tail], axis=1)
+    if ids is None or not history:
+        return tail
+    if not isinstance(missing, int) or missing:
+        first = ops.broadcast_to(ids[:, :1], (ops.shape(ids)[0], missing))
+        ids = ops.concatenate([first, ids], axis=1)
+    same = ids == ids[:, -1:]
+    return ops.where(same[..., None], tail, ops.zeros((), tail.dtype))
+
+
+def _packed(inputs, kernel, cu_seqlens, initial_state, activation):
+    """Packed sequences: each is moved behind rows that hold its state."""
+    history = kernel.shape[0] - 1
+    rows, channels = ops.shape(inputs)[1:]
+    sequences = cu_seqlens.shape[0] - 1
+    # Sequence s begins s + 1 states later than before.
+    row = ops.arange(rows, dtype="int32")
+    target = row + (sequence_of(row, cu_seqlens) + 1) * history
+    target = ops.where(row < cu_seqlens[-1], target, -1)
+    steps = ops.arange(sequences + 1, dtype="int32") * history
+    borders = cu_seqlens + steps
+    moved = ops.arange(rows + sequences * history, dtype="int32")
+    sequence = sequence_of(moved, borders)
+    place = moved - ops.take(borders[:-1], sequence)
+    source = ops.where(
+        ops.logical_and(place >= history, moved < borders[-1]),
+        moved - (sequence + 1) * history,
+        -1,
+    )
+    # States are taken from behind the inputs.
+    held = ops.where(place < history, rows + sequence * history + place, -1)
+    held = ops.where(moved < borders[-1], held, -1)
+    offset = ops.arange(history, dtype="int32")
+    holders = ops.reshape(borders[:-1, None] + offset, (sequences * history,))
+    if initial_state is None:
+        initial_state = ops.zeros((sequences, history, channels), inputs.dtype)
+    states = ops.reshape(initial_state, (1, sequences * history, channels))
+    extended = gather_rows(
+        ops.concatenate([inputs, states], axis=1),
+        ops.maximum(source, held)[None],
+        ops.concatenate([target, holders])[None, :, None],
+    )
+    output = tap_sums(activation, extended, kernel, sequence[None], None)
+    output = gather_rows(output, target[None], source[None, :, None])
+    last = ops.reshape(borders[1:, None] - history + offset, (sequences * history,))
+    state = ops.take(extended[0], last, axis=0)
+    return output, ops.reshape(state, (sequences, history, channels))
 
 
 def _check_shape(name, tensor, expected):

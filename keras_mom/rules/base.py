@@ -139,10 +139,3 @@ def clone_initializer(initializer):
     if not isinstance(initializer, keras.initializers.Initializer):
         return initializer
     return initializer.clone()
-
-
-def l2_normalize(x, epsilon=1e-6):
-    """`x / sqrt(sum(x^2) + epsilon)` over the last axis, in float32."""
-    x = keras.ops.cast(x, "float32")
-    norm = keras.ops.sum(keras.ops.square(x), axis=-1, keepdims=True)
-    return x * keras.ops.rsqrt(norm + epsilon)

@@ -4,7 +4,8 @@ import keras
 from keras import ops
 
 from keras_mom.initializers import InverseSoftplusLogUniform, LogUniform
-from keras_mom.rules.base import MemoryUpdateRule, l2_normalize
+from keras_mom.ops.normalization import l2_normalize
+from keras_mom.rules.base import MemoryUpdateRule
 
 
 @keras.saving.register_keras_serializable("keras_mom")
