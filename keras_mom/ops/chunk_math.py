@@ -241,18 +241,18 @@ def unit_lower_inverse(strict):
     if backend.unit_lower_inverse is not None:
         return backend.unit_lower_inverse(strict)
     size = strict.shape[-1]
-    inverse = ops.ones((*ops.shape(strict)[:-2], size, 1, 1), "float32")
-    for half in _levels(size):
-        corner = corner_blocks(strict, half)
-        if half > 1:
-            corner = _small_product(corner, inverse[..., 0::2, :, :])
-            corner = _small_product(inverse[..., 1::2, :, :], corner)
-        inverse = _join_blocks(inverse, -corner)
-    return inverse[..., 0, :, :]
+    if size == 1:
+        return ops.ones_like(strict)
+    identity = ops.convert_to_tensor(np.eye(size, dtype="float32"))
+    inverse = identity - strict * _corner_mask(size, 1)
+    for half in _levels(size)[1:]:
+        corner = ops.matmul(strict * _corner_mask(size, half), inverse)
+        inverse = inverse - ops.matmul(inverse, corner)
+    return inverse
 
 
-def _small_product(left, right):
-    """Matrix product; spelled out where a call a matrix would cost more than it."""
-    if left.shape[-1] >= 8:
-        return ops.matmul(left, right)
-    return ops.sum(left[..., :, :, None] * right[..., None, :, :], axis=-2)
+def _corner_mask(size, half):
+    """float32 `[size, size]`: 1 in the lower left quarters of blocks of `2 * half`."""
+    block = np.zeros((2 * half, 2 * half), "float32")
+    block[half:, :half] = 1
+    return ops.convert_to_tensor(np.kron(np.eye(size // (2 * half)), block), "float32")
