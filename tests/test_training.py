@@ -457,6 +457,46 @@ def test_a_single_token():
     assert_close(call(layer, inputs[:, :1]), (output[:, :1], state), 1e-5)
 
 
+def test_everything_given_in_a_functional_model(tmp_path):
+    """State, documents and mask as inputs of a model that is saved and loaded."""
+    layer = keras_mom.MoMLayer(**SIZES, return_state=True)
+    shapes = [x.shape[1:] for x in layer.get_initial_state(1)]
+    inputs = {
+        "x": keras.Input((None, WIDTH)),
+        "ids": keras.Input((None,), dtype="int32"),
+        "mask": keras.Input((None,), dtype="bool"),
+        "memories": keras.Input(shapes[0]),
+        "windows": keras.Input(shapes[1]),
+    }
+    output, state = layer(
+        inputs["x"],
+        mask=inputs["mask"],
+        segment_ids=inputs["ids"],
+        initial_state=(inputs["memories"], inputs["windows"]),
+    )
+    assert output.shape == (None, None, WIDTH)
+    assert [x.shape[1:] for x in state] == shapes
+    model = keras.Model(inputs, [output, *state])
+    given = {
+        "x": tokens(2, 9, WIDTH),
+        "ids": np.repeat([[1, 2]], [4, 5], axis=1).repeat(2, axis=0).astype("int32"),
+        "mask": np.arange(9)[None] >= np.array([[0], [3]]),
+        "memories": tokens(2, *shapes[0]),
+        "windows": tokens(2, *shapes[1]),
+    }
+    expected, states = call(
+        layer,
+        given["x"],
+        mask=given["mask"],
+        segment_ids=given["ids"],
+        initial_state=(given["memories"], given["windows"]),
+    )
+    model.save(tmp_path / "model.keras")
+    for again in (model, keras.saving.load_model(tmp_path / "model.keras")):
+        actual = again.predict(given, verbose=0)
+        assert_close(actual, [expected, *states], 1e-5)
+
+
 @pytest.mark.parametrize("return_state", [False, True])
 def test_masks_reach_through_a_functional_model(return_state):
     """From `Embedding(mask_zero=True)` through two layers to the loss."""

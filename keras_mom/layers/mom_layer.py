@@ -7,13 +7,15 @@ from keras_mom import config, rules
 from keras_mom.layers.checks import check_call, check_positive, check_state
 from keras_mom.layers.mixing import Sizes, Tokens, mix_sequence, mix_token
 from keras_mom.layers.projections import ProjectionsMixin
+from keras_mom.layers.rematerialization import call_on_tensors
 from keras_mom.layers.router import Router
+from keras_mom.layers.state import StateMixin
 from keras_mom.ops.routing import routing_statistics, top_k_routing
 from keras_mom.rules.base import clone_initializer, per_memory_dense
 
 
 @keras.saving.register_keras_serializable("keras_mom")
-class MoMLayer(ProjectionsMixin, keras.layers.Layer):
+class MoMLayer(StateMixin, ProjectionsMixin, keras.layers.Layer):
     """Mixture-of-Memories: a causal sequence layer with several memory states.
 
     A router sends each token to its `top_k` of `num_memories` memories. Each memory
@@ -283,25 +285,17 @@ class MoMLayer(ProjectionsMixin, keras.layers.Layer):
     def rematerialized_call(self, layer_call, *args, **kwargs):
         # Only what has no side effects may run twice: losses and variables are
         # written behind it.
-        rematerialize = super().rematerialized_call
+        wrap = super().rematerialized_call
 
         def call(
             inputs, mask=None, initial_state=None, segment_ids=None, training=None
         ):
-            # TensorFlow takes and returns tensors only: no None, and no keywords.
-            given = (inputs, mask, initial_state, segment_ids)
-            structure = None
-
-            def compute(*tensors):
-                nonlocal structure
-                results = self._compute(*_with_nones(given, tensors))
-                structure = keras.tree.map_structure(
-                    lambda x: None if x is None else 0, results
-                )
-                return _without_nones(results)
-
-            tensors = rematerialize(compute, *args, **kwargs)(*_without_nones(given))
-            return self._record(training, *_with_nones(structure, tensors))
+            results = call_on_tensors(
+                lambda function: wrap(function, *args, **kwargs),
+                self._compute,
+                (inputs, mask, initial_state, segment_ids),
+            )
+            return self._record(training, *results)
 
         return call
 
@@ -378,56 +372,6 @@ class MoMLayer(ProjectionsMixin, keras.layers.Layer):
             for variable, value in zip(self.states, state):
                 variable.assign(ops.stop_gradient(value))
         return (output, state) if self.return_state else output
-
-    # State.
-
-    def get_initial_state(self, batch_size):
-        """The empty state of `batch_size` rows: a tuple of float32 zeros."""
-        return tuple(
-            ops.zeros((batch_size, *shape), "float32") for shape in self._state_shapes()
-        )
-
-    def _state_shapes(self):
-        sizes = self.sizes
-        memories = (sizes.memories, sizes.num_heads, sizes.key_dim, sizes.value_dim)
-        if self.conv_width is None:
-            return (memories,)
-        return memories, (sizes.memories, sizes.history, sum(sizes.channels))
-
-    def _first_state(self, initial_state, inputs):
-        if initial_state is None:
-            if not self.stateful:
-                return None
-            # Copies: the variables are written before the backward pass reads these.
-            return tuple(ops.copy(variable.value) for variable in self.states)
-        return check_state(initial_state, self._state_shapes(), inputs.shape[0])
-
-    def _create_states(self, batch):
-        if batch is None:
-            raise ValueError(
-                "`stateful=True` needs inputs of a fixed batch size. "
-                "Received: inputs of shape (None, ...)"
-            )
-        self.input_spec = keras.layers.InputSpec(
-            ndim=3, axes={0: batch, **self.input_spec.axes}
-        )
-        self.states = [
-            self.add_weight(
-                shape=(batch, *shape),
-                initializer="zeros",
-                dtype="float32",
-                trainable=False,
-                name=name,
-            )
-            for name, shape in zip(("memories", "windows"), self._state_shapes())
-        ]
-
-    def reset_state(self):
-        """Empties the state of a `stateful` layer."""
-        for variable in self.states or ():
-            variable.assign(ops.zeros(variable.shape, variable.dtype))
-
-    reset_states = reset_state
 
     # Routing.
 
@@ -529,18 +473,6 @@ class MoMLayer(ProjectionsMixin, keras.layers.Layer):
             "kernel_constraint": keras.constraints.serialize(self.kernel_constraint),
             **self._projections_config(),
         }
-
-
-def _without_nones(tree):
-    return tuple(x for x in keras.tree.flatten(tree) if x is not None)
-
-
-def _with_nones(tree, tensors):
-    """`tree` with its tensors replaced, in the order of `_without_nones`."""
-    tensors = iter(tensors)
-    return keras.tree.map_structure(
-        lambda x: None if x is None else next(tensors), tree
-    )
 
 
 def _last_valid(output, mask):
