@@ -91,24 +91,19 @@ def compiled(layer, length, backward):
         def forward(weights, x):
             return layer.stateless_call(weights, state, x)[0]
 
+        def mean(weights, x):
+            return forward(weights, x).mean()
+
         weights = [v.value for v in layer.trainable_variables]
-        function = forward
-        if backward:
-
-            def function(weights, x):
-                return jax.grad(lambda w, x: forward(w, x).mean(), argnums=(0, 1))(
-                    weights, x
-                )
-
-        function = jax.jit(function)
-        return lambda x: jax.block_until_ready(function(weights, x))
+        on_jax = jax.jit(jax.grad(mean, argnums=(0, 1)) if backward else forward)
+        return lambda x: jax.block_until_ready(on_jax(weights, x))
     if backend == "tensorflow":
         import tensorflow as tf
 
         weights = [v.value for v in layer.trainable_variables]
 
         @tf.function(jit_compile=True)
-        def function(x):
+        def on_tensorflow(x):
             if not backward:
                 return layer(x)
             with tf.GradientTape() as tape:
@@ -117,11 +112,11 @@ def compiled(layer, length, backward):
             return tape.gradient(loss, [x, *weights])
 
         return lambda x: [
-            y.numpy() for y in tf.nest.flatten(function(tf.constant(x)))[:1]
+            y.numpy() for y in tf.nest.flatten(on_tensorflow(tf.constant(x)))[:1]
         ]
     import torch
 
-    def function(x):
+    def on_torch(x):
         x = torch.tensor(x, requires_grad=backward)
         if not backward:
             with torch.no_grad():
@@ -129,7 +124,7 @@ def compiled(layer, length, backward):
         weights = [v.value for v in layer.trainable_variables]
         return torch.autograd.grad(layer(x).mean(), [x, *weights])
 
-    return function
+    return on_torch
 
 
 def training_step(layer, length):
@@ -209,7 +204,7 @@ def print_table(rows, file=sys.stdout):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Times MoMLayer beside Keras' layers")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--layers", nargs="*", default=LAYERS)
     parser.add_argument("--lengths", nargs="*", type=int)

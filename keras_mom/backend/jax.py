@@ -1,6 +1,9 @@
 """Loops, hand-written gradients and device facts on JAX."""
 
+from typing import Any
+
 import jax
+from jax.core import Tracer
 
 
 def scan(step, carry, length, num_outputs, reverse=False):
@@ -20,14 +23,14 @@ def scan(step, carry, length, num_outputs, reverse=False):
 class Differentiable:
     """See `keras_mom.backend`."""
 
-    def __init__(self, name, forward, backward, infer, make_options=tuple):
+    def __init__(self, name, forward, backward, infer, make_options: Any = tuple):
         del infer, make_options  # JAX traces `forward`.
         self.name = name
         self.forward = forward
         self.backward = backward
         self._functions = {}
 
-    def __call__(self, options, *tensors):
+    def __call__(self, options, *tensors) -> Any:
         if options not in self._functions:
             self._functions[options] = self._make_function(options)
         return self._functions[options](*tensors)
@@ -64,7 +67,7 @@ def accelerator():
 
 def is_concrete(tensor):
     """Whether the values of `tensor` can be read here without a device sync."""
-    if isinstance(tensor, jax.core.Tracer):
+    if isinstance(tensor, Tracer):
         return False
     return all(device.platform == "cpu" for device in tensor.devices())
 

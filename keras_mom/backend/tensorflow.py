@@ -1,6 +1,7 @@
 """Loops, hand-written gradients and device facts on TensorFlow."""
 
 import contextlib
+from typing import Any
 
 import tensorflow as tf
 
@@ -31,21 +32,25 @@ def _joined(x):
     joined = tf.reshape(
         x, tf.concat([shape[:1], shape[1:2] * shape[2:3], shape[3:]], 0)
     )
-    count = None if None in x.shape[1:3] else x.shape[1] * x.shape[2]
-    joined.set_shape([x.shape[0], count, *x.shape[3:]])
+    batch, length, count, *rest = x.shape
+    if length is not None and count is not None:
+        count = length * count
+    else:
+        count = None
+    joined.set_shape([batch, count, *rest])
     return joined
 
 
 class Differentiable:
     """See `keras_mom.backend`."""
 
-    def __init__(self, name, forward, backward, infer, make_options=tuple):
+    def __init__(self, name, forward, backward, infer, make_options: Any = tuple):
         del infer, make_options  # TensorFlow traces `forward`.
         self.name = name
         self.forward = forward
         self.backward = backward
 
-    def __call__(self, options, *tensors):
+    def __call__(self, options, *tensors) -> Any:
         present = [i for i, tensor in enumerate(tensors) if tensor is not None]
 
         def restore(values):

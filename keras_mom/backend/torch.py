@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import functools
+from typing import Any
 
 import torch
 from keras import ops
@@ -27,7 +28,7 @@ class Differentiable:
     does not unroll the loops inside.
     """
 
-    def __init__(self, name, forward, backward, infer, make_options=tuple):
+    def __init__(self, name, forward, backward, infer, make_options: Any = tuple):
         self.name = name
         self.forward = forward
         self.backward = backward
@@ -39,7 +40,7 @@ class Differentiable:
             self._autograd_backward, setup_context=self._setup_context
         )
 
-    def __call__(self, options, *tensors):
+    def __call__(self, options, *tensors) -> Any:
         present = tuple(tensor is not None for tensor in tensors)
         values = [tensor for tensor in tensors if tensor is not None]
         # Text, because an operator takes no tuple.

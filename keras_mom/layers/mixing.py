@@ -4,7 +4,7 @@ Names, beside B, T, H, K, V, M and k: P projection sets, J memories a token (k, 
 the shared one), R packed rows a batch row, W convolution history.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from keras import ops
 
@@ -222,7 +222,7 @@ def mix_token(sizes, rule, kernels, tokens, weights, indices, mask, state, optio
         beta = ops.ones(ops.shape(query)[:3], "float32")
     beta = ops.where(active[..., None], beta, 0.0)
 
-    def one_step(x):
+    def one_step(x) -> Any:
         if x is None:
             return None
         shape = ops.shape(x)

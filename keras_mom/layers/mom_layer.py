@@ -1,5 +1,7 @@
 """The Mixture-of-Memories layer."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -116,8 +118,8 @@ class MoMLayer(StateMixin, ProjectionsMixin, keras.layers.Layer):
         **kwargs,
     ):
         # The state, the router and the gates stay float32 under mixed precision.
-        kwargs.pop("autocast", None)
-        super().__init__(autocast=False, **kwargs)
+        kwargs["autocast"] = False
+        super().__init__(**kwargs)
         value_dim = key_dim if value_dim is None else value_dim
         sizes = dict(num_heads=num_heads, key_dim=key_dim, value_dim=value_dim)
         sizes |= dict(num_memories=num_memories, top_k=top_k)
@@ -204,7 +206,8 @@ class MoMLayer(StateMixin, ProjectionsMixin, keras.layers.Layer):
         self.key_projection = dense(sets, key, "key")
         self.value_projection = dense(sets, value, "value")
         self.gate_projection = dense(1, value, "gate") if self.use_output_gate else None
-        self.output_projection = None  # Its width is that of the inputs: see `build`.
+        # Its width is that of the inputs: see `build`.
+        self.output_projection: Any = None
         self.update_rule = update_rule
         self.update_rule.bind(
             self.num_heads,
@@ -310,10 +313,10 @@ class MoMLayer(StateMixin, ProjectionsMixin, keras.layers.Layer):
         if segment_ids is not None:
             segment_ids = ops.cast(segment_ids, "int32")
         if self.go_backwards:
-            inputs, mask, segment_ids = (
-                None if x is None else ops.flip(x, axis=1)
-                for x in (inputs, mask, segment_ids)
-            )
+            inputs = ops.flip(inputs, axis=1)
+            mask = None if mask is None else ops.flip(mask, axis=1)
+            if segment_ids is not None:
+                segment_ids = ops.flip(segment_ids, axis=1)
         if mask is not None:
             inputs = ops.where(mask[..., None], inputs, ops.zeros((), inputs.dtype))
 

@@ -1,5 +1,7 @@
 """LoRA and quantization of a layer's projections, and how both survive a file."""
 
+from typing import Any
+
 import keras
 
 
@@ -10,7 +12,14 @@ class ProjectionsMixin:
     makes its Dense layers anew when it is loaded.
     """
 
-    _loaded_projections = None
+    built: bool
+    query_projection: Any
+    key_projection: Any
+    value_projection: Any
+    gate_projection: Any
+    output_projection: Any
+    update_rule: Any
+    _loaded_projections: Any = None
 
     def _projections(self):
         """The layer's own Dense layers, those of the update rule left out."""

@@ -1,5 +1,7 @@
 """The state of a MoM layer: its shapes, its checks, and where it is kept."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -13,7 +15,11 @@ class StateMixin:
     convolution its windows `[B, M (+ 1), conv_width - 1, channels]`.
     """
 
-    states = None
+    sizes: Any
+    conv_width: int | None
+    stateful: bool
+    add_weight: Any
+    states: Any = None
 
     def get_initial_state(self, batch_size):
         """The empty state of `batch_size` rows: a tuple of float32 zeros."""

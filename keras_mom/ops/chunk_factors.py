@@ -153,7 +153,8 @@ class ChunkFactors:
         # Through the reads and writes of the state.
         reading_query = ops.matmul(out_grad, transposed(states))
         ending_key = ops.matmul(writes, transposed(next_grad))
-        crossing = [self.reading_query * reading_query, self.ending_key * ending_key]
+        crossing_query = self.reading_query * reading_query
+        crossing_key = self.ending_key * ending_key
         query_grad = scale * optional_product(reading_query, self.into_query)
         key_grad = optional_product(ending_key, self.to_end)
 
@@ -194,7 +195,7 @@ class ChunkFactors:
 
         if self.decay is not None:
             log_decay_grad = log_decay_grad + self._crossing_log_decay_gradient(
-                states * next_grad, *crossing, reading
+                states * next_grad, crossing_query, crossing_key, reading
             )
         return query_grad, key_grad, value_grad, log_decay_grad, beta_grad
 

@@ -15,7 +15,7 @@ the decayed key products below the diagonal, times the write strength:
 "Erase before decay" reads with the decay of the row before, `G_t - g_t`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from keras import ops
 
@@ -153,7 +153,7 @@ class _Segments:
         return ops.where(self.occupied[..., None, None, None], picked, otherwise)
 
 
-def slice_rows(x, start, count):
+def slice_rows(x, start, count) -> Any:
     """`x[:, start : start + count]`, of static size, or None for None."""
     if x is None:
         return None

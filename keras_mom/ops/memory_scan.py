@@ -177,7 +177,7 @@ def _portable(
     elif cu_seqlens is not None:
         output, state = _packed(options, tensors, cu_seqlens, initial_state)
     elif query.shape[1] == 1:
-        output, state = _single_step(options, *tensors, initial_state)
+        output, state = _single_step(options, *tensors, state=initial_state)
     else:
         output, state = _padded(options, tensors, initial_state)
     return ops.cast(output, value.dtype), state
