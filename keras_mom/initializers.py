@@ -29,11 +29,15 @@ class Blocks(keras.initializers.Initializer):
         )
 
     def _of_block(self, index):
+        # An initializer draws the same values again and again, unless its seed is a
+        # `SeedGenerator`.
         config = getattr(self.initializer, "get_config", dict)()
         seed = config.get("seed")
-        if not isinstance(seed, int):
+        if isinstance(seed, int):
+            config = {**config, "seed": seed + index}
+        elif seed is not None or "seed" not in config:
             return self.initializer
-        return self.initializer.__class__.from_config({**config, "seed": seed + index})
+        return self.initializer.__class__.from_config(config)
 
     def get_config(self):
         return {

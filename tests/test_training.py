@@ -245,10 +245,15 @@ def test_constraints():
         assert norm.max() < limit * 1.001
 
 
-def test_initializers():
+@pytest.mark.parametrize(
+    "seed",
+    [3, None, keras.random.SeedGenerator(3)],
+    ids=["number", "none", "generator"],
+)
+def test_initializers(seed):
     """Each memory's block is drawn as a kernel of its own, and from its own seed."""
     layer = keras_mom.MoMLayer(
-        2, 50, num_memories=3, kernel_initializer=keras.initializers.HeNormal(seed=3)
+        2, 50, num_memories=3, kernel_initializer=keras.initializers.HeNormal(seed=seed)
     )
     layer.build((None, None, 100))
     kernel = to_numpy(layer.key_projection.kernel.value)
