@@ -87,3 +87,27 @@ class InverseSoftplusLogUniform(keras.initializers.Initializer):
 
     def get_config(self):
         return {"low": self.low, "high": self.high, "seed": self.seed}
+
+
+@keras.saving.register_keras_serializable("keras_mom")
+class Ramp(keras.initializers.Initializer):
+    """Values that rise evenly from `low` to `high`, in the order of the entries."""
+
+    def __init__(self, low, high):
+        self.low = low
+        self.high = high
+
+    def __call__(self, shape, dtype=None):
+        values = ops.linspace(self.low, self.high, math.prod(shape))
+        return ops.cast(ops.reshape(values, shape), dtype or "float32")
+
+    def get_config(self):
+        return {"low": self.low, "high": self.high}
+
+
+def clone_initializer(initializer):
+    """A copy with a seed of its own where the original has none."""
+    initializer = keras.initializers.get(initializer)
+    if not isinstance(initializer, keras.initializers.Initializer):
+        return initializer
+    return initializer.clone()

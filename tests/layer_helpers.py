@@ -72,11 +72,12 @@ def variables_of(layer):
     if layer.convolution_kernels is not None:
         for name, kernel in zip(("query", "key", "value"), layer.convolution_kernels):
             variables[f"{name}_convolution"] = kernel
-    if isinstance(layer.update_rule, keras_mom.rules.GatedDeltaNet):
-        variables["decay"] = layer.update_rule.decay_projection.kernel
-        variables["write_strength"] = layer.update_rule.write_strength_projection.kernel
-        variables["A_log"] = layer.update_rule.a_log
-        variables["dt_bias"] = layer.update_rule.dt_bias
+    rule = layer.update_rule
+    for variable in rule.trainable_variables:
+        # "decay" of "mom/gated_delta_net/decay/kernel".
+        name = variable.path.rpartition(f"{rule.name}/")[2].removesuffix("/kernel")
+        assert name not in variables
+        variables[name] = variable
     return variables
 
 

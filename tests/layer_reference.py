@@ -1,12 +1,14 @@
 """The MoM layer, token by token: what `keras_mom.MoMLayer` is held to.
 
 Runs in float64 on NumPy, and on torch (`xp=torch`) for gradients. Written from the
-equations of arXiv 2502.13685 and 2412.06464 alone: no packing, no chunks.
+equations of arXiv 2502.13685 alone, with those of the rules in `rule_reference`: no
+packing, no chunks.
 """
 
 import numpy as np
 
 from tests.layer_helpers import to_numpy, variables_of
+from tests.rule_reference import ACTIVATED, STEPS, Token, name_of
 
 
 def weights_of(layer, xp=np):
@@ -114,13 +116,14 @@ def _step(layer, weights, x, state, indices, rounded, xp):
 def _visit(layer, weights, x, state, memory, rounded, xp):
     """Writes a token into one memory, in place of the lists, and reads: `[H, V]`."""
     heads, key_dim, value_dim = layer.num_heads, layer.key_dim, layer.value_dim
+    rule_name = name_of(layer.update_rule)
     if layer.per_memory_projections:
         place = memory
     else:
         place = 1 if memory == layer.num_memories else 0
 
     def of_memory(name, width):
-        return rounded(x @ weights[name][:, place * width : (place + 1) * width])
+        return rounded(x @ _columns(weights[name], place, width))
 
     raw = {
         "query": rounded(x @ weights["query"]),
@@ -132,33 +135,40 @@ def _visit(layer, weights, x, state, memory, rounded, xp):
         newest = xp.concatenate([raw["query"], raw["key"], raw["value"]])
         window = xp.concatenate([state[1][memory], newest[None]])
         state[1][memory] = window[1:]
-        kernel = [weights[f"{name}_convolution"] for name in ("query", "key", "value")]
-        convolved = _silu((window * xp.concatenate(kernel, 1)).sum(0), xp)
         keys = heads * key_dim
-        raw["query"] = convolved[:keys]
-        raw["key"] = convolved[keys : 2 * keys]
-        raw["value"] = convolved[2 * keys :]
-    q = raw["query"].reshape(heads, key_dim)
-    k = raw["key"].reshape(heads, key_dim)
-    v = raw["value"].reshape(heads, value_dim)
+        for name, part, activated in zip(
+            ("query", "key", "value"),
+            (slice(0, keys), slice(keys, 2 * keys), slice(2 * keys, None)),
+            ACTIVATED.get(rule_name, (True, True, True)),
+        ):
+            convolved = (window[:, part] * weights[f"{name}_convolution"]).sum(0)
+            raw[name] = _silu(convolved, xp) if activated else convolved
 
     # 4. Update and read.
-    memory_state = state[0][memory]
-    if "decay" in weights:
-        q, k = _unit(q, xp), _unit(k, xp)
-        step = of_memory("decay", heads) + weights["dt_bias"]
-        decay = xp.exp(-xp.exp(weights["A_log"]) * xp.log1p(xp.exp(step)))
-        strength = 1 / (1 + xp.exp(-of_memory("write_strength", heads)))
-        memory_state = decay[:, None, None] * memory_state
-        v = v - xp.einsum("hk,hkv->hv", k, memory_state)
-        v = strength[:, None] * v
-    memory_state = memory_state + k[:, :, None] * v[:, None, :]
-    state[0][memory] = memory_state
-    return key_dim**-0.5 * xp.einsum("hk,hkv->hv", q, memory_state)
+    def low_rank(name, rank, width, activation):
+        low = rounded(x @ _columns(weights[f"{name}/down_kernel"], place, rank))
+        low = low if activation is None else activation(low)
+        output = low @ _columns(weights[f"{name}/up_kernel"], place, width)
+        if f"{name}/bias" in weights:
+            output = output + weights[f"{name}/bias"][place]
+        return output
+
+    token = Token(
+        raw["query"].reshape(heads, key_dim),
+        raw["key"].reshape(heads, key_dim),
+        raw["value"].reshape(heads, value_dim),
+        of_memory,
+        low_rank,
+        weights,
+        xp,
+    )
+    after, query = STEPS[rule_name](layer.update_rule, token, state[0][memory])
+    state[0][memory] = after
+    return key_dim**-0.5 * xp.einsum("hk,hkv->hv", query, after)
 
 
-def _unit(x, xp):
-    return x / xp.sqrt((x**2).sum(-1)[:, None] + 1e-6)
+def _columns(kernel, place, width):
+    return kernel[:, place * width : (place + 1) * width]
 
 
 def _silu(x, xp):

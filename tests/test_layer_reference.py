@@ -2,20 +2,16 @@
 
 import numpy as np
 import pytest
-import torch
-from keras import tree
 
+from tests.layer_agreement import check_layer
 from tests.layer_helpers import (
     assert_close,
     call,
-    evaluate,
     make_layer,
     relative_rms,
     tokens,
 )
 from tests.layer_reference import mom_layer, weights_of
-
-torch.set_num_threads(1)
 
 VARIANTS = {
     "defaults": {},
@@ -60,7 +56,7 @@ def _state(layer):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_output_state_and_gradients(variant):
     layer = make_layer(return_state=True, **VARIANTS[variant])
-    _check(layer, {})
+    check_layer(layer, {})
 
 
 @pytest.mark.parametrize(
@@ -73,14 +69,14 @@ def test_with_mask_documents_and_state(variant):
         "segment_ids": _segments(),
         "initial_state": _state(layer),
     }
-    _check(layer, given)
+    check_layer(layer, given)
 
 
 @pytest.mark.parametrize("length", [1, 2])
 def test_short_sequences(length):
     layer = make_layer(return_state=True)
     mask = np.array([[True] * length, [False] * length])
-    _check(layer, {"mask": mask, "initial_state": _state(layer)}, length)
+    check_layer(layer, {"mask": mask, "initial_state": _state(layer)}, length=length)
 
 
 def test_go_backwards():
@@ -105,34 +101,3 @@ def test_route_is_the_routing_of_the_call():
         layer, weights_of(layer), inputs.astype("float64"), indices=indices
     )
     assert relative_rms(call(layer, inputs), expected) < 1e-5
-
-
-def _check(layer, given, length=LENGTH):
-    """Output and state below 1e-5, gradients below 1e-4.
-
-    The reference for gradients is torch's autograd of the token-by-token form, routed
-    as the layer routes.
-    """
-    inputs, cotangent = (
-        tokens(BATCH, length, WIDTH),
-        tokens(BATCH, length, WIDTH, seed=2),
-    )
-    outputs, of_inputs, of_weights = evaluate(layer, inputs, cotangent, **given)
-
-    x = torch.tensor(inputs.astype("float64"), requires_grad=True)
-    weights = weights_of(layer, torch)
-    if "initial_state" in given:
-        state = tuple(torch.tensor(s.astype("float64")) for s in given["initial_state"])
-        given = {**given, "initial_state": state}
-    expected = mom_layer(layer, weights, x, xp=torch, **given)
-    assert_close(
-        outputs, tree.map_structure(lambda t: t.detach().numpy(), expected), 1e-5
-    )
-    (expected[0] * torch.tensor(cotangent)).sum().backward()
-    assert relative_rms(of_inputs, x.grad) < 1e-4
-    for name, weight in weights.items():
-        if weight.grad is None or not weight.grad.any():
-            # The router of a lone memory, or a document of one token.
-            assert np.abs(of_weights[name]).max() < 1e-6, name
-        else:
-            assert relative_rms(of_weights[name], weight.grad) < 1e-4, name

@@ -14,6 +14,9 @@ Each module of this package offers the same names for one Keras backend:
   may serve as residuals. `backward(options, tensors, outputs, gradients)` returns a
   gradient, or None, for each of `tensors`. `infer(options, *tensors)` returns the
   (shape, dtype) of each output for tracers that do not run `forward`;
+- `compiled(function)`: `function(options, *tensors)`, as one program where a call
+  outside of a compiled function would compile every operation for itself. Options are
+  hashable; tensors and results are tuples, named tuples and dicts of tensors and None;
 - `full_precision()`: a context in which float32 products are float32 products;
 - `accelerator()`: the kind of accelerator in use, or None on a CPU;
 - `is_concrete(tensor)`: whether the values can be read without a device sync;
@@ -39,6 +42,7 @@ else:
 
 Differentiable = _implementation.Differentiable
 accelerator = _implementation.accelerator
+compiled = _implementation.compiled
 full_precision = _implementation.full_precision
 is_concrete = _implementation.is_concrete
 scan = _implementation.scan
@@ -49,6 +53,7 @@ __all__ = [
     "Differentiable",
     "accelerator",
     "block_elements",
+    "compiled",
     "full_precision",
     "is_concrete",
     "scan",

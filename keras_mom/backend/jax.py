@@ -54,6 +54,11 @@ class Differentiable:
         return function
 
 
+def compiled(function):
+    """See `keras_mom.backend`. Else JAX compiles operation by operation."""
+    return jax.jit(function, static_argnums=0)
+
+
 def full_precision():
     """Context in which a float32 product is not rounded to TF32 or bfloat16."""
     return jax.default_matmul_precision("highest")

@@ -72,6 +72,11 @@ class Differentiable:
         return function(*[tensors[index] for index in present])
 
 
+def compiled(function):
+    """See `keras_mom.backend`. Operations need no compilation here."""
+    return function
+
+
 def full_precision():
     """Context in which a float32 product is not rounded; TensorFlow has none."""
     return contextlib.nullcontext()

@@ -114,6 +114,11 @@ class Differentiable:
         return [next(grads) if t.is_floating_point() else None for t in tensors], None
 
 
+def compiled(function):
+    """See `keras_mom.backend`. Operations need no compilation here."""
+    return function
+
+
 def full_precision():
     """Context in which a float32 product is not rounded; torch's default."""
     return contextlib.nullcontext()

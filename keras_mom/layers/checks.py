@@ -1,14 +1,7 @@
 """Checks of a layer's arguments. Each error names what came and what was expected."""
 
-import numbers
-
 import keras
 from keras import ops
-
-
-def check_positive(name, value):
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise ValueError(f"`{name}` must be a positive integer. Received: {value!r}")
 
 
 def check_call(inputs, mask, segment_ids):

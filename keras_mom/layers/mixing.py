@@ -120,9 +120,12 @@ def mix_sequence(
                 x,
                 kernel,
                 segment_ids=None if documents is None else documents.of_rows,
+                activation=activation,
                 implementation=options["implementation"],
             )
-            for x, kernel in zip(rows, kernels)
+            for x, kernel, activation in zip(
+                rows, kernels, rule.convolution_activations
+            )
         ]
     heads = [_reshape_last(x, shape) for x, shape in zip(convolved, shapes)]
     features = [_packed_feature(x, to_sets) for x in tokens.features]
@@ -194,22 +197,28 @@ def mix_token(sizes, rule, kernels, tokens, weights, indices, mask, state, optio
     value = of_memories(_by_set(tokens.value, sizes.projections))
     new_state = []
     if kernels is not None:
-        inputs = ops.concatenate([query, key, value], axis=-1)
-        width = inputs.shape[-1]
         flat = batch * sizes.memories
-        inputs = ops.reshape(inputs, (flat, 1, width))
-        window = ops.reshape(state[1], (flat, sizes.history, width))
-        convolved, moved = short_convolution(
-            inputs,
-            ops.concatenate(kernels, axis=-1),
-            initial_state=window,
-            return_state=True,
-            implementation=options["implementation"],
-        )
-        moved = ops.reshape(ops.cast(moved, "float32"), ops.shape(state[1]))
+        window = ops.reshape(state[1], (flat, sizes.history, sum(sizes.channels)))
+        convolved, moved = [], []
+        for x, kernel, before, activation in zip(
+            (query, key, value),
+            kernels,
+            _split_channels(sizes, window),
+            rule.convolution_activations,
+        ):
+            output, after = short_convolution(
+                ops.reshape(x, (flat, 1, x.shape[-1])),
+                kernel,
+                initial_state=before,
+                return_state=True,
+                activation=activation,
+                implementation=options["implementation"],
+            )
+            convolved.append(ops.reshape(output, (batch, sizes.memories, x.shape[-1])))
+            moved.append(ops.cast(after, "float32"))
+        query, key, value = convolved
+        moved = ops.reshape(ops.concatenate(moved, axis=-1), ops.shape(state[1]))
         new_state.append(ops.where(active[..., None, None], moved, state[1]))
-        convolved = ops.reshape(convolved, (batch, sizes.memories, width))
-        query, key, value = _split_channels(sizes, convolved)
     heads = [
         _reshape_last(x, (sizes.num_heads, width))
         for x, width in zip((query, key, value), _head_widths(sizes))

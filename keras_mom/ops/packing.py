@@ -9,8 +9,11 @@ and order in time is kept by construction. Masked tokens get no row. All sizes f
 from the shapes alone, and nothing is read back to the host.
 """
 
+from typing import NamedTuple
+
 from keras import ops
 
+from keras_mom import backend
 from keras_mom.ops.padding import pad
 
 
@@ -38,77 +41,23 @@ class Packing:
         start: int32 `[B, M]`, the first row of each region.
         count: int32 `[B, M]`, the tokens of each memory.
         chunk_offsets: int32 `[B, M + 1]`, in the sense of `chunked_scan`.
+        place: int32 `[B, R]`, rows since the region's first token; negative in history.
     """
 
     def __init__(
         self, indices, num_memories, shared, mask, history, chunk_size, block_size=1
     ):
-        batch, length, top_k = ops.shape(indices)
-        self.history, self.chunk_size, self.block_size = history, chunk_size, block_size
+        self.history, self.chunk_size = history, chunk_size
         self.num_memories = num_memories + shared
-        chunks = self._chunk_count(length, top_k, num_memories, shared)
-        self.rows = chunks * chunk_size
-
-        routed = _one_hot(indices, num_memories)
-        if shared:
-            routed = pad(routed, 2, after=1, fill=1)
-        if mask is not None:
-            routed = routed * ops.cast(mask, "int32")[..., None]
-        rank = ops.cumsum(routed, axis=1) - routed
-        self.count = ops.sum(routed, axis=1)
-
-        needed = (self.count + (history + chunk_size - 1)) // chunk_size
-        offsets = pad(ops.cumsum(needed, axis=1), 1, before=1)
-        self.start = offsets[:, :-1] * chunk_size
-        # Chunks behind all regions count as the last one's; they hold nothing.
-        self.chunk_offsets = ops.concatenate(
-            [offsets[:, :-1], ops.zeros((batch, 1), "int32") + chunks], axis=1
-        )
-
-        place = self.start[:, None, :] + history + rank
-        self.position = ops.where(routed > 0, place, -1)
-        self.targets = ops.take_along_axis(self.position, indices, axis=2)
-        if shared:
-            self.targets = ops.concatenate(
-                [self.targets, self.position[:, :, num_memories:]], axis=2
-            )
-        self.slot = self._slots(batch, length)
-        self.token = _floor_divide(self.slot, top_k + shared)
-        self.memory = self._memory_of_rows()
-
-    def _chunk_count(self, length, top_k, num_memories, shared):
-        # Each region wastes less than a chunk; no region needs more than T tokens.
-        size, history = self.chunk_size, self.history
-        whole = (length + (history + size - 1)) // size
-        routed = (length * top_k + num_memories * (history + size - 1)) // size
-        if isinstance(length, int):
-            routed = min(routed, num_memories * whole)
-        chunks = routed + shared * whole
-        return -(-chunks // self.block_size) * self.block_size
-
-    def _slots(self, batch, length):
-        slots = length * self.targets.shape[2]
-        row = ops.arange(batch, dtype="int32")[:, None, None] * self.rows
-        outside = batch * self.rows
-        index = ops.where(self.targets >= 0, self.targets + row, outside)
-        value = ops.broadcast_to(ops.arange(slots, dtype="int32"), (batch, slots))
-        # Not `ops.full`, which reads its value back on torch.
-        empty = ops.zeros((outside + 1,), "int32") - 1
-        filled = ops.scatter_update(
-            empty, ops.reshape(index, (-1, 1)), ops.reshape(value, (-1,))
-        )
-        return ops.reshape(filled[:-1], (batch, self.rows))
-
-    def _memory_of_rows(self):
-        row = ops.arange(self.rows, dtype="int32")[None, :, None]
-        return ops.sum(ops.cast(row >= self.start[:, None, 1:], "int32"), axis=-1)
-
-    @property
-    def place(self):
-        """int32 `[B, R]`: rows since the region's first token; negative in history."""
-        start = ops.take_along_axis(self.start, self.memory, axis=1)
-        row = ops.arange(self.rows, dtype="int32")
-        return row - start - self.history
+        sizes = _Sizes(num_memories, bool(shared), history, chunk_size, block_size)
+        _, length, top_k = ops.shape(indices)
+        self.rows = sizes.chunks(length, top_k) * chunk_size
+        tables = _tables(sizes, indices, mask)
+        self.position, self.targets = tables["position"], tables["targets"]
+        self.slot, self.token = tables["slot"], tables["token"]
+        self.memory, self.place = tables["memory"], tables["place"]
+        self.start, self.count = tables["start"], tables["count"]
+        self.chunk_offsets = tables["chunk_offsets"]
 
     def source(self, sets, set_of_memory):
         """Rows of `[B, T * sets, ...]` to take: each row's token in its memory's set.
@@ -122,19 +71,8 @@ class Packing:
         """
         if sets == 1:
             return self.token, self.targets
-        chosen = ops.take(ops.convert_to_tensor(set_of_memory, "int32"), self.memory)
-        source = ops.where(self.token >= 0, self.token * sets + chosen, -1)
-        batch, length, slots = ops.shape(self.targets)
-        if sets == self.num_memories:
-            targets = ops.reshape(self.position, (batch, length * sets, 1))
-        else:
-            # One set for all routed memories, one for the shared memory.
-            own = self.targets[:, :, :-1]
-            shared = pad(self.targets[:, :, -1:], 2, after=slots - 2, fill=-1)
-            targets = ops.reshape(
-                ops.stack([own, shared], axis=2), (batch, length * sets, slots - 1)
-            )
-        return source, targets
+        options = (sets, tuple(set_of_memory), self.num_memories)
+        return _source(options, self.token, self.memory, self.targets, self.position)
 
     def history_source(self, offset):
         """Sources of the history rows: windows `[B, M * W, ...]` behind `offset` rows.
@@ -160,6 +98,102 @@ class Packing:
         return ops.reshape(rows, (batch, self.num_memories * self.history))
 
 
+class _Sizes(NamedTuple):
+    """The arguments of `Packing` that are no tensors."""
+
+    num_memories: int
+    shared: bool
+    history: int
+    chunk_size: int
+    block_size: int
+
+    def chunks(self, length, top_k):
+        """Chunks of a batch row."""
+        # Each region wastes less than a chunk; no region needs more than T tokens.
+        most = self.history + self.chunk_size - 1
+        whole = (length + most) // self.chunk_size
+        routed = (length * top_k + self.num_memories * most) // self.chunk_size
+        if isinstance(length, int):
+            routed = min(routed, self.num_memories * whole)
+        chunks = routed + self.shared * whole
+        return -(-chunks // self.block_size) * self.block_size
+
+
+@backend.compiled
+def _tables(sizes, indices, mask):
+    """The tensors of a `Packing`, by name."""
+    batch, length, top_k = ops.shape(indices)
+    chunks = sizes.chunks(length, top_k)
+    rows = chunks * sizes.chunk_size
+    routed = _one_hot(indices, sizes.num_memories)
+    if sizes.shared:
+        routed = pad(routed, 2, after=1, fill=1)
+    if mask is not None:
+        routed = routed * ops.cast(mask, "int32")[..., None]
+    rank = ops.cumsum(routed, axis=1) - routed
+    count = ops.sum(routed, axis=1)
+
+    needed = (count + (sizes.history + sizes.chunk_size - 1)) // sizes.chunk_size
+    offsets = pad(ops.cumsum(needed, axis=1), 1, before=1)
+    start = offsets[:, :-1] * sizes.chunk_size
+    # Chunks behind all regions count as the last one's; they hold nothing.
+    end = ops.zeros((batch, 1), "int32") + chunks
+
+    position = start[:, None, :] + sizes.history + rank
+    position = ops.where(routed > 0, position, -1)
+    targets = ops.take_along_axis(position, indices, axis=2)
+    if sizes.shared:
+        shared = position[:, :, sizes.num_memories :]
+        targets = ops.concatenate([targets, shared], axis=2)
+    slot = _slots(targets, rows)
+    row = ops.arange(rows, dtype="int32")
+    memory = ops.cast(row[None, :, None] >= start[:, None, 1:], "int32")
+    memory = ops.sum(memory, axis=-1)
+    return {
+        "position": position,
+        "targets": targets,
+        "slot": slot,
+        "token": ops.where(slot >= 0, slot // (top_k + sizes.shared), -1),
+        "memory": memory,
+        "place": row - ops.take_along_axis(start, memory, axis=1) - sizes.history,
+        "start": start,
+        "count": count,
+        "chunk_offsets": ops.concatenate([offsets[:, :-1], end], axis=1),
+    }
+
+
+def _slots(targets, rows):
+    """The slot in each row, from the rows of each slot."""
+    batch, length, slots = ops.shape(targets)
+    slots = length * slots
+    row = ops.arange(batch, dtype="int32")[:, None, None] * rows
+    outside = batch * rows
+    index = ops.where(targets >= 0, targets + row, outside)
+    value = ops.broadcast_to(ops.arange(slots, dtype="int32"), (batch, slots))
+    # Not `ops.full`, which reads its value back on torch.
+    empty = ops.zeros((outside + 1,), "int32") - 1
+    filled = ops.scatter_update(
+        empty, ops.reshape(index, (-1, 1)), ops.reshape(value, (-1,))
+    )
+    return ops.reshape(filled[:-1], (batch, rows))
+
+
+@backend.compiled
+def _source(options, token, memory, targets, position):
+    """`Packing.source` for more than one set."""
+    sets, set_of_memory, num_memories = options
+    chosen = ops.take(ops.convert_to_tensor(set_of_memory, "int32"), memory)
+    source = ops.where(token >= 0, token * sets + chosen, -1)
+    batch, length, slots = ops.shape(targets)
+    if sets == num_memories:
+        return source, ops.reshape(position, (batch, length * sets, 1))
+    # One set for all routed memories, one for the shared memory.
+    own = targets[:, :, :-1]
+    shared = pad(targets[:, :, -1:], 2, after=slots - 2, fill=-1)
+    both = ops.stack([own, shared], axis=2)
+    return source, ops.reshape(both, (batch, length * sets, slots - 1))
+
+
 class Documents:
     """Documents in packed rows: where one begins, and which one each row belongs to.
 
@@ -179,18 +213,23 @@ class Documents:
     """
 
     def __init__(self, packing, segment_ids, mask):
-        of_tokens = _document_numbers(segment_ids, mask)
-        token = ops.maximum(packing.token, 0)
-        number = ops.take_along_axis(of_tokens, token, axis=1)
-        filled = packing.token >= 0
-        self.of_rows = ops.where(filled, number, 0)
-        before = pad(self.of_rows[:, :-1], 1, before=1)
-        before = ops.where(packing.place <= 0, 0, before)
-        changed = ops.logical_and(filled, self.of_rows != before)
-        self.resets = ops.cast(changed, "int32")
-        self.last = ops.max(of_tokens, axis=1)
-        newest = ops.where(packing.position >= 0, of_tokens[..., None], 0)
-        self.stale = ops.max(newest, axis=1) < self.last[:, None]
+        self.of_rows, self.resets, self.last, self.stale = _document_tables(
+            (), segment_ids, mask, packing.token, packing.place, packing.position
+        )
+
+
+@backend.compiled
+def _document_tables(_, segment_ids, mask, token, place, position):
+    """The tensors of `Documents`, in their order."""
+    of_tokens = _document_numbers(segment_ids, mask)
+    filled = token >= 0
+    number = ops.take_along_axis(of_tokens, ops.maximum(token, 0), axis=1)
+    of_rows = ops.where(filled, number, 0)
+    before = ops.where(place <= 0, 0, pad(of_rows[:, :-1], 1, before=1))
+    changed = ops.logical_and(filled, of_rows != before)
+    last = ops.max(of_tokens, axis=1)
+    newest = ops.max(ops.where(position >= 0, of_tokens[..., None], 0), axis=1)
+    return of_rows, ops.cast(changed, "int32"), last, newest < last[:, None]
 
 
 def _document_numbers(segment_ids, mask):
@@ -229,7 +268,3 @@ def _running_max(index):
 def _one_hot(indices, count):
     index = ops.arange(count, dtype="int32")
     return ops.sum(ops.cast(indices[..., None] == index, "int32"), axis=2)
-
-
-def _floor_divide(slot, size):
-    return ops.where(slot >= 0, slot // size, -1)

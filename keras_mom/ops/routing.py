@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 from keras import ops
 
+from keras_mom import backend
+
 
 def top_k_routing(probabilities, top_k):
     """Picks the `top_k` most probable memories of each token.
@@ -27,6 +29,12 @@ def top_k_routing(probabilities, top_k):
             f"`top_k` must be between 1 and the number of memories, {memories}. "
             f"Received: top_k={top_k}"
         )
+    return _top_k_routing(top_k, probabilities)
+
+
+@backend.compiled
+def _top_k_routing(top_k, probabilities):
+    memories = probabilities.shape[-1]
     numbers = ops.where(ops.isnan(probabilities), -1.0, probabilities)
     mine, other = numbers[..., :, None], numbers[..., None, :]
     index = ops.arange(memories, dtype="int32")
@@ -65,6 +73,11 @@ def routing_statistics(probabilities, indices, mask=None):
         indices: int32 `[B, T, k]`.
         mask: bool `[B, T]`, False at tokens that do not count, or None.
     """
+    return _statistics((), probabilities, indices, mask)
+
+
+@backend.compiled
+def _statistics(_, probabilities, indices, mask):
     memories, top_k = probabilities.shape[-1], indices.shape[-1]
     index = ops.arange(memories, dtype="int32")
     routed = ops.sum(ops.cast(indices[..., None] == index, "float32"), axis=2)

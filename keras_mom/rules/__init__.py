@@ -3,18 +3,47 @@
 import keras
 
 from keras_mom.rules.base import MemoryUpdateRule
+from keras_mom.rules.delta_net import DeltaNet
+from keras_mom.rules.fixed_decay import Lightning, RetNet
 from keras_mom.rules.gated_delta_net import GatedDeltaNet
+from keras_mom.rules.gla import GLA
+from keras_mom.rules.hgrn2 import HGRN2
+from keras_mom.rules.kda import KDA
 from keras_mom.rules.linear_attention import LinearAttention
+from keras_mom.rules.mamba2 import Mamba2
+from keras_mom.rules.rwkv7 import RWKV7
+from keras_mom.rules.titans import Titans
+from keras_mom.rules.ttt import TTT
 
 _BY_NAME = {
+    "delta_net": DeltaNet,
     "gated_delta_net": GatedDeltaNet,
+    "gla": GLA,
+    "hgrn2": HGRN2,
+    "kda": KDA,
+    "lightning": Lightning,
     "linear_attention": LinearAttention,
+    "mamba2": Mamba2,
+    "retention": RetNet,
+    "rwkv7": RWKV7,
+    "titans": Titans,
+    "ttt": TTT,
 }
 
 __all__ = [
+    "GLA",
+    "HGRN2",
+    "KDA",
+    "RWKV7",
+    "TTT",
+    "DeltaNet",
     "GatedDeltaNet",
+    "Lightning",
     "LinearAttention",
+    "Mamba2",
     "MemoryUpdateRule",
+    "RetNet",
+    "Titans",
     "get",
     "names",
     "serialize",

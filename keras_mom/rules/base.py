@@ -1,8 +1,11 @@
 """The base of the memory update rules."""
 
+from typing import Any
+
 import keras
 
-from keras_mom.initializers import Blocks
+from keras_mom.initializers import Blocks, clone_initializer
+from keras_mom.rules.low_rank import PerMemoryLowRank
 
 
 class MemoryUpdateRule(keras.layers.Layer):
@@ -35,6 +38,8 @@ class MemoryUpdateRule(keras.layers.Layer):
     Attributes:
         write: `"delta"` or `"additive"`.
         erase_before_decay: whether a delta rule reads the state before its decay.
+        convolution_activations: `"silu"` or None for query, key and value, behind the
+            short convolution.
         num_heads, key_dim, value_dim: H, K and V of the layer, known in
             `create_projections` and after.
         num_projections: P.
@@ -42,11 +47,15 @@ class MemoryUpdateRule(keras.layers.Layer):
 
     write = "delta"
     erase_before_decay = False
+    convolution_activations = ("silu", "silu", "silu")
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.num_heads = self.key_dim = self.value_dim = None
-        self.num_projections = None
+        # Known once the rule is bound to a layer.
+        self.num_heads: Any = None
+        self.key_dim: Any = None
+        self.value_dim: Any = None
+        self.num_projections: Any = None
         self._dense_options = {}
 
     def bind(self, num_heads, key_dim, value_dim, num_projections, **dense_options):
@@ -75,6 +84,27 @@ class MemoryUpdateRule(keras.layers.Layer):
         """A Dense layer from `[B, T, D]` to `[B, T, P * units]`, one kernel a set."""
         return per_memory_dense(
             self.num_projections, units, name, **self._dense_options
+        )
+
+    def per_memory_low_rank(self, rank, units, name, **options):
+        """A projection `[B, T, D]` to `[B, T, P, units]` through `rank` columns."""
+        return PerMemoryLowRank(
+            self.num_projections,
+            rank,
+            units,
+            name=name,
+            **self._dense_options,
+            **options,
+        )
+
+    def add_float32_weight(self, name, initializer, shape=None):
+        """A weight that stays float32, shared by the memories: `[H]`, or `shape`."""
+        return self.add_weight(
+            shape=(self.num_heads,) if shape is None else shape,
+            initializer=initializer,
+            dtype="float32",
+            autocast=False,
+            name=name,
         )
 
     def split_memories(self, projected):
@@ -131,11 +161,3 @@ def per_memory_dense(sets, units, name, *, kernel_initializer, **options):
         name=name,
         **options,
     )
-
-
-def clone_initializer(initializer):
-    """A copy with a seed of its own where the original has none."""
-    initializer = keras.initializers.get(initializer)
-    if not isinstance(initializer, keras.initializers.Initializer):
-        return initializer
-    return initializer.clone()

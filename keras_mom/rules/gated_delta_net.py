@@ -29,19 +29,9 @@ class GatedDeltaNet(MemoryUpdateRule):
         )
 
     def build(self, inputs_shape):
-        self.a_log = self.add_weight(
-            shape=(self.num_heads,),
-            initializer=LogUniform(0.0, 16.0),
-            dtype="float32",
-            autocast=False,
-            name="A_log",
-        )
-        self.dt_bias = self.add_weight(
-            shape=(self.num_heads,),
-            initializer=InverseSoftplusLogUniform(0.001, 0.1),
-            dtype="float32",
-            autocast=False,
-            name="dt_bias",
+        self.a_log = self.add_float32_weight("A_log", LogUniform(0.0, 16.0))
+        self.dt_bias = self.add_float32_weight(
+            "dt_bias", InverseSoftplusLogUniform(0.001, 0.1)
         )
         super().build(inputs_shape)
 

@@ -1,0 +1,42 @@
+"""A layer against its float64 reference."""
+
+import numpy as np
+import torch
+from keras import tree
+
+from tests.layer_helpers import assert_close, evaluate, relative_rms, tokens
+from tests.layer_reference import mom_layer, weights_of
+
+torch.set_num_threads(1)
+
+
+def check_layer(layer, given, batch=2, length=75):
+    """Output and state within 1e-5, gradients within 1e-4.
+
+    The reference for gradients is torch's autograd of the token-by-token form, routed
+    as the layer routes.
+    """
+    width = layer.router.kernel.shape[0]
+    inputs, cotangent = (
+        tokens(batch, length, width),
+        tokens(batch, length, width, seed=2),
+    )
+    outputs, of_inputs, of_weights = evaluate(layer, inputs, cotangent, **given)
+
+    x = torch.tensor(inputs.astype("float64"), requires_grad=True)
+    weights = weights_of(layer, torch)
+    if "initial_state" in given:
+        state = tuple(torch.tensor(s.astype("float64")) for s in given["initial_state"])
+        given = {**given, "initial_state": state}
+    expected = mom_layer(layer, weights, x, xp=torch, **given)
+    assert_close(
+        outputs, tree.map_structure(lambda t: t.detach().numpy(), expected), 1e-5
+    )
+    (expected[0] * torch.tensor(cotangent)).sum().backward()
+    assert relative_rms(of_inputs, x.grad) < 1e-4
+    for name, weight in weights.items():
+        if weight.grad is None or not weight.grad.any():
+            # The router of a lone memory, or a document of one token.
+            assert np.abs(of_weights[name]).max() < 1e-6, name
+        else:
+            assert relative_rms(of_weights[name], weight.grad) < 1e-4, name

@@ -1,0 +1,124 @@
+"""Every update rule in the layer, against a transcription of its paper's equation."""
+
+import keras
+import numpy as np
+import pytest
+
+import keras_mom
+from tests.layer_agreement import check_layer
+from tests.layer_helpers import assert_close, call, make_layer, tokens
+from tests.rule_reference import STEPS
+
+WIDTH = 12
+# The rules that the layer's own tests leave out, and the options of all of them.
+RULES = {
+    **{name: name for name in STEPS},
+    "gla of rank 3": keras_mom.rules.GLA(rank=3, temperature=2.0),
+    "hgrn2 with a lower bound": keras_mom.rules.HGRN2(lower_bound=0.7),
+    "lightning with steep slopes": keras_mom.rules.Lightning(slope_scale=20.0),
+    "delta_net with negative eigenvalues": keras_mom.rules.DeltaNet(
+        allow_negative_eigenvalues=True
+    ),
+    "kda of rank 2": keras_mom.rules.KDA(rank=2),
+    "rwkv7 of rank 5": keras_mom.rules.RWKV7(rank=5),
+    "ttt at a rate of 2": keras_mom.rules.TTT(learning_rate=2.0),
+}
+each_rule = pytest.mark.parametrize("rule", RULES)
+each_name = pytest.mark.parametrize("name", STEPS)
+
+
+def layer_of(rule, **kwargs):
+    return make_layer(update_rule=RULES[rule], return_state=True, **kwargs)
+
+
+def test_the_transcriptions_cover_every_rule():
+    assert set(STEPS) == set(keras_mom.rules.names())
+
+
+@each_rule
+def test_the_layer_follows_the_rule(rule):
+    """Output, final state and every gradient."""
+    check_layer(layer_of(rule), {})
+
+
+@each_name
+def test_with_mask_documents_and_state(name):
+    layer = layer_of(name, per_memory_projections=False)
+    mask = np.random.default_rng(3).random((2, 40)) < 0.8
+    ids = np.repeat([[4, 9, 4], [1, 2, 3]], [9, 1, 30], axis=1).astype("int32")
+    state = tuple(tokens(*x.shape, seed=7) for x in layer.get_initial_state(2))
+    given = {"mask": mask, "segment_ids": ids, "initial_state": state}
+    check_layer(layer, given, length=40)
+
+
+@each_name
+def test_pieces_and_tokens_equal_the_whole(name):
+    layer = layer_of(name)
+    inputs = tokens(2, 20, WIDTH)
+    whole, last = call(layer, inputs)
+    state, parts, start = None, [], 0
+    for length in (13, 1, 1, 5):
+        given = {} if state is None else {"initial_state": state}
+        part, state = call(layer, inputs[:, start : start + length], **given)
+        parts.append(part)
+        start += length
+    assert_close((np.concatenate(parts, axis=1), state), (whole, last), 1e-5)
+
+
+@each_name
+def test_causal_and_each_row_alone(name):
+    layer = layer_of(name)
+    inputs = tokens(3, 20, WIDTH)
+    before, _ = call(layer, inputs, training=True)
+    changed = inputs.copy()
+    changed[:, 12:] = 3 * tokens(3, 8, WIDTH, seed=5)
+    changed[1] = np.nan
+    after, _ = call(layer, changed, training=True)
+    np.testing.assert_allclose(after[[0, 2], :12], before[[0, 2], :12], atol=1e-6)
+    assert not np.allclose(after[[0, 2], 12:], before[[0, 2], 12:])
+
+
+@each_name
+def test_the_plain_layer_of_a_rule(name):
+    """One memory: no routing, and the sequence goes through the rule as it is."""
+    layer = layer_of(name, num_memories=1, top_k=1, shared_memory=False)
+    check_layer(layer, {}, length=40)
+
+
+@each_rule
+def test_configs_keep_the_options(rule):
+    layer = layer_of(rule)
+    again = keras_mom.MoMLayer.from_config(layer.get_config())
+    assert type(again.update_rule) is type(layer.update_rule)
+    assert again.get_config() == layer.get_config()
+    assert again.update_rule.get_config() == layer.update_rule.get_config()
+
+
+@each_name
+def test_files(name, tmp_path):
+    inputs = keras.Input((None, WIDTH))
+    model = keras.Model(inputs, make_layer(update_rule=name)(inputs))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    given = tokens(2, 9, WIDTH)
+    assert_close(
+        loaded.predict(given, verbose=0), model.predict(given, verbose=0), 1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    "make, argument",
+    [
+        (lambda: keras_mom.rules.GLA(rank=0), "rank"),
+        (lambda: keras_mom.rules.GLA(temperature=0), "temperature"),
+        (lambda: keras_mom.rules.KDA(rank=1.5), "rank"),
+        (lambda: keras_mom.rules.RWKV7(rank=-1), "rank"),
+        (lambda: keras_mom.rules.HGRN2(lower_bound=1), "lower_bound"),
+        (lambda: keras_mom.rules.Lightning(slope_scale=-1), "slope_scale"),
+        (lambda: keras_mom.rules.TTT(learning_rate=2.5), "learning_rate"),
+        (lambda: keras_mom.MoMLayer(2, 4, update_rule="gsb"), "update_rule"),
+    ],
+)
+def test_bad_options_are_named(make, argument):
+    with pytest.raises(ValueError, match=f"`{argument}`"):
+        make()
