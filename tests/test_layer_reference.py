@@ -1,5 +1,6 @@
 """`MoMLayer` against a float64 transcription that runs token by token."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -9,7 +10,9 @@ from tests.layer_helpers import (
     call,
     make_layer,
     relative_rms,
+    to_numpy,
     tokens,
+    variables_of,
 )
 from tests.layer_reference import mom_layer, weights_of
 
@@ -101,3 +104,25 @@ def test_route_is_the_routing_of_the_call():
         layer, weights_of(layer), inputs.astype("float64"), indices=indices
     )
     assert relative_rms(call(layer, inputs), expected) < 1e-5
+
+
+@pytest.mark.parametrize("variant", ["defaults", "no_convolution", "linear_attention"])
+def test_mixed_bfloat16(variant):
+    """All that a bfloat16 layer adds to its bfloat16 projections stays below 5e-3.
+
+    Inputs and kernels are bfloat16 numbers, and the reference rounds what a Dense
+    layer of this dtype returns. The router is float32: the routing is the same.
+    """
+    layer = make_layer(dtype="mixed_bfloat16", return_state=True, **VARIANTS[variant])
+    for name, variable in variables_of(layer).items():
+        if name not in ("router", "A_log", "dt_bias"):
+            variable.assign(_to_bfloat16(to_numpy(variable.value)))
+    inputs = _to_bfloat16(tokens(BATCH, LENGTH, WIDTH))
+    expected = mom_layer(
+        layer, weights_of(layer), inputs.astype("float64"), rounded=_to_bfloat16
+    )
+    assert_close(call(layer, inputs), expected, 5e-3)
+
+
+def _to_bfloat16(x):
+    return x.astype(ml_dtypes.bfloat16).astype(x.dtype)
