@@ -94,8 +94,9 @@ def test_configs_keep_the_options(rule):
     assert again.update_rule.get_config() == layer.update_rule.get_config()
 
 
-@each_name
+@pytest.mark.parametrize("name", ["gla", "kda", "rwkv7", "titans"])
 def test_files(name, tmp_path):
+    """The rules with weights that no other rule has."""
     inputs = keras.Input((None, WIDTH))
     model = keras.Model(inputs, make_layer(update_rule=name)(inputs))
     model.save(tmp_path / "model.keras")
