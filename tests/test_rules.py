@@ -78,9 +78,12 @@ def test_causal_and_each_row_alone(name):
     assert not np.allclose(after[[0, 2], 12:], before[[0, 2], 12:])
 
 
-@each_name
+@pytest.mark.parametrize("name", ["linear_attention", "mamba2", "kda", "titans"])
 def test_the_plain_layer_of_a_rule(name):
-    """One memory: no routing, and the sequence goes through the rule as it is."""
+    """One memory: no routing, and the sequence goes through the rule as it is.
+
+    A rule for each form of decay and write.
+    """
     layer = layer_of(name, num_memories=1, top_k=1, shared_memory=False)
     check_layer(layer, {}, length=40)
 
