@@ -3,6 +3,7 @@
 from keras import ops
 
 from keras_mom import backend
+from keras_mom.ops.blocks import join_blocks, row_blocks
 
 
 def l2_normalize(x, epsilon=1e-6):
@@ -20,14 +21,7 @@ def l2_normalize(x, epsilon=1e-6):
 
 def _blocks(*tensors):
     """Blocks of rows that stay in the cache, float32."""
-    batch, rows, *rest = ops.shape(tensors[0])
-    size = backend.block_elements()
-    if size is not None:
-        for width in (batch, *rest):
-            size = size // max(1, width)
-        size = max(64, size)
-    for start in range(0, rows, size) if size else [0]:
-        stop = start + size if size else rows
+    for start, stop in row_blocks(ops.shape(tensors[0])):
         yield [ops.cast(x[:, start:stop], "float32") for x in tensors]
 
 
@@ -36,12 +30,8 @@ def _inverse_norm(x, epsilon):
     return ops.rsqrt(squares + epsilon)
 
 
-def _joined(blocks):
-    return blocks[0] if len(blocks) == 1 else ops.concatenate(blocks, axis=1)
-
-
 def _forward(options, x):
-    return (_joined([x * _inverse_norm(x, *options) for (x,) in _blocks(x)]),)
+    return (join_blocks([x * _inverse_norm(x, *options) for (x,) in _blocks(x)]),)
 
 
 def _backward(options, tensors, outputs, gradients):
@@ -51,7 +41,7 @@ def _backward(options, tensors, outputs, gradients):
         along = ops.sum(gradient * x, axis=-1, keepdims=True)
         grad = scale * gradient - x * (scale * scale * scale * along)
         grads.append(ops.cast(grad, tensors[0].dtype))
-    return (_joined(grads),)
+    return (join_blocks(grads),)
 
 
 _NORMALIZE = backend.Differentiable(

@@ -7,6 +7,7 @@ zero, or comes from the state, before row 0. The backward pass keeps the inputs 
 from keras import ops
 
 from keras_mom import backend
+from keras_mom.ops.blocks import join_blocks, row_blocks
 from keras_mom.ops.padding import pad
 
 
@@ -33,16 +34,8 @@ class _Rows:
         self.inputs, self.kernel = inputs, kernel
         self.ids, self.initial = segment_ids, initial_state
         self.history = kernel.shape[0] - 1
-        self.batch, self.length, self.channels = ops.shape(inputs)
-
-    def blocks(self):
-        """(start, stop) of each block of rows."""
-        elements = backend.block_elements()
-        if elements is None:
-            return [(0, self.length)]
-        size = max(64, elements // max(1, self.batch * self.channels))
-        starts = range(0, self.length, size)
-        return [(start, min(start + size, self.length)) for start in starts]
+        self.shape = ops.shape(inputs)
+        self.length = self.shape[1]
 
     def span(self, start, stop):
         """Rows `start` to `stop - 1`, float32; `start` may be negative."""
@@ -84,18 +77,18 @@ class _Rows:
 def _forward(options, *tensors):
     rows = _Rows(*tensors)
     outputs = []
-    for start, stop in rows.blocks():
+    for start, stop in row_blocks(rows.shape):
         sums = rows.sums(start, stop)
         output = ops.silu(sums) if options[0] == "silu" else sums
         outputs.append(ops.cast(output, rows.inputs.dtype))
-    return (_joined(outputs),)
+    return (join_blocks(outputs),)
 
 
 def _backward(options, tensors, outputs, gradients):
     rows = _Rows(*tensors)
     history = rows.history
     of_inputs, of_kernel, of_initial = [], 0.0, None
-    for start, stop in rows.blocks():
+    for start, stop in row_blocks(rows.shape):
         # Rows behind the block have met its last rows.
         last = stop if stop is rows.length else min(stop + history, rows.length)
         of_sums = ops.cast(gradients[0][:, start:last], "float32")
@@ -117,7 +110,7 @@ def _backward(options, tensors, outputs, gradients):
                 ids = ops.concatenate([first, ids[:, :history]], axis=1)
             of_initial = _to_taps(rows, head, ids, history)
             of_initial = ops.cast(of_initial, rows.initial.dtype)
-    of_inputs = _joined([ops.cast(x, rows.inputs.dtype) for x in of_inputs])
+    of_inputs = join_blocks([ops.cast(x, rows.inputs.dtype) for x in of_inputs])
     return of_inputs, of_kernel, None, of_initial
 
 
@@ -137,10 +130,6 @@ def _to_taps(rows, of_sums, ids, count):
 def _silu_slope(x):
     gate = ops.sigmoid(x)
     return gate * (1 + x * (1 - gate))
-
-
-def _joined(blocks):
-    return blocks[0] if len(blocks) == 1 else ops.concatenate(blocks, axis=1)
 
 
 def _infer(_, inputs, kernel, segment_ids, initial_state):
