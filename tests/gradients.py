@@ -235,8 +235,10 @@ def _torch_kept(function, arrays, cotangents):
 
     tensors = {name: x.requires_grad_() for name, x in _to_tensors(arrays).items()}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        outputs = function(**tensors)  # noqa: F841  (keeps what is kept alive)
-    return sum(kept.values())
+        outputs = function(**tensors)
+    total = sum(kept.values())
+    del outputs  # Kept alive until here, and with it what it keeps.
+    return total
 
 
 def _tensorflow_kept(function, arrays, cotangents):

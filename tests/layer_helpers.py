@@ -235,8 +235,3 @@ def assert_close(actual, expected, limit):
         assert a.shape == e.shape
         error = relative_rms(a, e) if np.any(e) else np.abs(a).max(initial=0)
         assert error < limit, f"tensor {place}: error {error:.3e}, limit {limit:.0e}"
-
-
-def fit_model(model, x, y, **kwargs):
-    """`model.fit` without output, in the given order; returns the losses."""
-    return model.fit(x, y, shuffle=False, verbose=0, **kwargs).history["loss"]

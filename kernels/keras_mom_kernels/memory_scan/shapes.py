@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-import ml_dtypes  # noqa: F401  (makes "bfloat16" a NumPy dtype)
+import ml_dtypes
 import numpy as np
 
 # Packed sequences around a chunk of 64 rows, empty ones first, in the middle and
@@ -85,7 +85,8 @@ def make_inputs(case, seed=0):
         inputs["beta"] = random.choice(case.betas, size=rows)
     elif case.beta is not None:
         inputs["beta"] = random.uniform(*case.beta, size=rows)
-    inputs = {name: array.astype(case.dtype) for name, array in inputs.items()}
+    dtype = ml_dtypes.bfloat16 if case.dtype == "bfloat16" else case.dtype
+    inputs = {name: array.astype(dtype) for name, array in inputs.items()}
     if case.initial_state:
         state = random.normal(size=(case.sequences, case.H, case.K, case.V))
         inputs["initial_state"] = state.astype("float32")
