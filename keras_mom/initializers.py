@@ -3,6 +3,7 @@
 import math
 
 import keras
+import numpy as np
 from keras import ops
 
 
@@ -91,18 +92,38 @@ class InverseSoftplusLogUniform(keras.initializers.Initializer):
 
 @keras.saving.register_keras_serializable("keras_mom")
 class Ramp(keras.initializers.Initializer):
-    """Values that rise evenly from `low` to `high`, in the order of the entries."""
+    """Values that rise from `low` to `high` in the order of the entries.
 
-    def __init__(self, low, high):
+    `low + (high - low) r^power`, with r from 0 to 1 in even steps.
+    """
+
+    def __init__(self, low, high, power=1.0):
         self.low = low
         self.high = high
+        self.power = power
 
     def __call__(self, shape, dtype=None):
-        values = ops.linspace(self.low, self.high, math.prod(shape))
+        rising = ops.linspace(0.0, 1.0, math.prod(shape)) ** self.power
+        values = self.low + (self.high - self.low) * rising
         return ops.cast(ops.reshape(values, shape), dtype or "float32")
 
     def get_config(self):
-        return {"low": self.low, "high": self.high}
+        return {"low": self.low, "high": self.high, "power": self.power}
+
+
+@keras.saving.register_keras_serializable("keras_mom")
+class Cycle(keras.initializers.Initializer):
+    """The given values again and again, in the order of the entries."""
+
+    def __init__(self, values):
+        self.values = list(values)
+
+    def __call__(self, shape, dtype=None):
+        entries = np.resize(self.values, shape)
+        return ops.convert_to_tensor(entries, dtype or "float32")
+
+    def get_config(self):
+        return {"values": self.values}
 
 
 def clone_initializer(initializer):

@@ -76,7 +76,8 @@ def empty_state(layer, xp=np):
     """Lists over memories: matrices `[H, K, V]`, and windows `[W, channels]`."""
     count = layer.num_memories + layer.shared_memory
     heads, key, value = layer.num_heads, layer.key_dim, layer.value_dim
-    state = [[xp.zeros((heads, key, value), dtype=xp.float64)] * count]
+    memory = (heads, *layer.update_rule.state_shape)
+    state = [[xp.zeros(memory, dtype=xp.float64)] * count]
     if layer.conv_width is not None:
         shape = (layer.conv_width - 1, heads * (2 * key + value))
         state.append([xp.zeros(shape, dtype=xp.float64)] * count)
@@ -162,9 +163,9 @@ def _visit(layer, weights, x, state, memory, rounded, xp):
         weights,
         xp,
     )
-    after, query = STEPS[rule_name](layer.update_rule, token, state[0][memory])
+    after, output = STEPS[rule_name](layer.update_rule, token, state[0][memory])
     state[0][memory] = after
-    return key_dim**-0.5 * xp.einsum("hk,hkv->hv", query, after)
+    return output
 
 
 def _columns(kernel, place, width):

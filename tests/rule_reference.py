@@ -2,7 +2,7 @@
 
 Written from the equations, not through the form that the scan computes: transition
 matrices are built and multiplied, gradients of losses are spelled out. A state is
-`[H, K, V]`, and each function returns the next state and the query to read it with.
+`[H, K, V]`, and each function returns the next state and the output, `[H, V]`.
 """
 
 from typing import Any, NamedTuple
@@ -52,15 +52,22 @@ def _erasing(strength, key, xp):
     return identity - strength[:, None, None] * _outer(key, key)
 
 
+def _read(state, query, xp):
+    """`S^T q / sqrt(K)` of each head."""
+    return query.shape[-1] ** -0.5 * xp.einsum("hk,hkv->hv", query, state)
+
+
 def linear_attention(rule, token, state):
-    return state + _outer(token.key, token.value), token.query
+    state = state + _outer(token.key, token.value)
+    return state, _read(state, token.query, token.xp)
 
 
 def retention(rule, token, state):
     heads = range(state.shape[0])
     decays = [1 - 2.0 ** (-5 - h) for h in heads]
     faded = token.xp.stack([decays[h] * state[h] for h in heads])
-    return faded + _outer(token.key, token.value), token.query
+    state = faded + _outer(token.key, token.value)
+    return state, _read(state, token.query, token.xp)
 
 
 def lightning(rule, token, state):
@@ -68,20 +75,23 @@ def lightning(rule, token, state):
     slopes = [2.0 ** (-8 * h / count) for h in range(1, count + 1)]
     slopes = token.xp.exp(-rule.slope_scale * token.xp.asarray(slopes))
     faded = slopes[:, None, None] * state
-    return faded + _outer(token.key, token.value), token.query
+    state = faded + _outer(token.key, token.value)
+    return state, _read(state, token.query, token.xp)
 
 
 def gla(rule, token, state):
     xp, shape = token.xp, token.key.shape
     gate = token.low_rank("decay", rule.rank, shape[0] * shape[1], None)
     decay = _sigmoid(gate, xp).reshape(shape) ** (1 / rule.temperature)
-    return decay[:, :, None] * state + _outer(token.key, token.value), token.query
+    state = decay[:, :, None] * state + _outer(token.key, token.value)
+    return state, _read(state, token.query, token.xp)
 
 
 def hgrn2(rule, token, state):
     bound = rule.lower_bound
     forget = bound + (1 - bound) * _sigmoid(token.key, token.xp)
-    return forget[:, :, None] * state + _outer(1 - forget, token.value), token.query
+    state = forget[:, :, None] * state + _outer(1 - forget, token.value)
+    return state, _read(state, token.query, token.xp)
 
 
 def mamba2(rule, token, state):
@@ -91,7 +101,8 @@ def mamba2(rule, token, state):
     )
     rate = -xp.exp(token.weights["A_log"])
     kept = xp.exp(step * rate)[:, None, None] * state
-    return kept + _outer(token.key, step[:, None] * token.value), token.query
+    state = kept + _outer(token.key, step[:, None] * token.value)
+    return state, _read(state, token.query, token.xp)
 
 
 def delta_net(rule, token, state):
@@ -101,7 +112,8 @@ def delta_net(rule, token, state):
     if rule.allow_negative_eigenvalues:
         strength = 2 * strength
     kept = xp.einsum("hij,hjv->hiv", _erasing(strength, key, xp), state)
-    return kept + strength[:, None, None] * _outer(key, token.value), query
+    state = kept + strength[:, None, None] * _outer(key, token.value)
+    return state, _read(state, query, token.xp)
 
 
 def gated_delta_net(rule, token, state):
@@ -112,7 +124,8 @@ def gated_delta_net(rule, token, state):
     strength = _sigmoid(token.project("write_strength", heads), xp)
     transition = decay[:, None, None] * _erasing(strength, key, xp)
     kept = xp.einsum("hij,hjv->hiv", transition, state)
-    return kept + strength[:, None, None] * _outer(key, token.value), query
+    state = kept + strength[:, None, None] * _outer(key, token.value)
+    return state, _read(state, query, token.xp)
 
 
 def kda(rule, token, state):
@@ -125,7 +138,8 @@ def kda(rule, token, state):
     strength = _sigmoid(token.project("write_strength", heads), xp)
     transition = _erasing(strength, key, xp) * decay[:, None, :]
     kept = xp.einsum("hij,hjv->hiv", transition, state)
-    return kept + strength[:, None, None] * _outer(key, token.value), query
+    state = kept + strength[:, None, None] * _outer(key, token.value)
+    return state, _read(state, query, token.xp)
 
 
 def _loss_gradient(state, key, value, xp):
@@ -139,7 +153,8 @@ def ttt(rule, token, state):
     query, key = _unit(token.query, xp), _unit(token.key, xp)
     rate = _sigmoid(token.project("rate", state.shape[0]), xp) * rule.learning_rate
     gradient = _loss_gradient(state, key, token.value, xp)
-    return state - rate[:, None, None] * gradient, query
+    state = state - rate[:, None, None] * gradient
+    return state, _read(state, query, token.xp)
 
 
 def titans(rule, token, state):
@@ -149,7 +164,8 @@ def titans(rule, token, state):
     forgotten = _sigmoid(forgotten, xp)[:, None, None]
     rate = _sigmoid(token.project("rate", heads), xp)[:, None, None]
     gradient = _loss_gradient(state, key, token.value, xp)
-    return (1 - forgotten) * state - rate * gradient, query
+    state = (1 - forgotten) * state - rate * gradient
+    return state, _read(state, query, token.xp)
 
 
 def rwkv7(rule, token, state):
@@ -162,7 +178,31 @@ def rwkv7(rule, token, state):
     identity = xp.eye(width, dtype=xp.float64)
     transition = decay[:, :, None] * identity - rate[:, None, None] * _outer(key, key)
     kept = xp.einsum("hij,hjv->hiv", transition, state)
-    return kept + rate[:, None, None] * _outer(key, token.value), token.query
+    state = kept + rate[:, None, None] * _outer(key, token.value)
+    return state, _read(state, token.query, token.xp)
+
+
+def rwkv6(rule, token, state):
+    xp, (heads, width) = token.xp, token.key.shape
+    gate = token.low_rank("decay", rule.rank, heads * width, xp.tanh)
+    gate = gate.reshape(heads, width) + token.weights["decay_bias"]
+    decay = xp.exp(-xp.exp(gate))
+    written = _outer(token.key, token.value)
+    current = state + token.weights["bonus"][:, :, None] * written
+    return decay[:, :, None] * state + written, _read(current, token.query, xp)
+
+
+def gsa(rule, token, state):
+    xp, heads = token.xp, state.shape[0]
+    gate = _sigmoid(token.project("decay", heads * rule.num_slots), xp)
+    decay = gate.reshape(heads, rule.num_slots) ** (1 / rule.temperature)
+    key_dim = token.key.shape[-1]
+    keys = decay[:, :, None] * state[..., :key_dim] + _outer(1 - decay, token.key)
+    values = decay[:, :, None] * state[..., key_dim:] + _outer(1 - decay, token.value)
+    attention = xp.exp(xp.einsum("hmk,hk->hm", keys, token.query))
+    attention = attention / attention.sum(-1)[:, None]
+    state = xp.concatenate([keys, values], -1)
+    return state, xp.einsum("hm,hmv->hv", attention, values)
 
 
 STEPS = {
@@ -170,6 +210,7 @@ STEPS = {
     "retention": retention,
     "lightning": lightning,
     "gla": gla,
+    "gsa": gsa,
     "hgrn2": hgrn2,
     "mamba2": mamba2,
     "delta_net": delta_net,
@@ -177,6 +218,7 @@ STEPS = {
     "kda": kda,
     "ttt": ttt,
     "titans": titans,
+    "rwkv6": rwkv6,
     "rwkv7": rwkv7,
 }
 

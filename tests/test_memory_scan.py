@@ -67,6 +67,16 @@ def arguments(rows, changes):
         ("write", {"write": "replace"}),
         ("write", {"write": None}),
         ("erase_before_decay", {"erase_before_decay": True, "write": "additive"}),
+        ("decay_axis", {"decay_axis": "head"}),
+        ("decay_axis='value'", {"decay_axis": "value"}),
+        (
+            "log_decay",
+            {"decay_axis": "value", "write": "additive", "log_decay": zeros(*ROWS)},
+        ),
+        (
+            "log_decay",
+            {"decay_axis": "value", "write": "additive", "log_decay": zeros(*ROWS, 4)},
+        ),
         ("implementation", {"implementation": "fastest"}),
         ("cu_seqlens", {"cu_seqlens": [0, 2, 5]}),  # B is 2
     ),
@@ -125,7 +135,8 @@ if keras.backend.backend() == "torch":
         names = ("query", "key", "value", "log_decay", "beta")
         rows = [tensors.get(name) for name in names]
         state = tensors["initial_state"][:, None]
-        options = ScanOptions(*rule[1:], 4, 2, 1.0)
+        axis = "value" if rule[0] == "value" else "key"
+        options = ScanOptions(*rule[1:], 4, 2, 1.0, axis)
         values = [x for x in (*rows, state) if x is not None]
         present = tuple(x is not None for x in (*rows, None, None, state))
         key = repr((tuple(options), present))

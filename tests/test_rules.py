@@ -14,12 +14,14 @@ WIDTH = 12
 RULES = {
     **{name: name for name in STEPS},
     "gla of rank 3": keras_mom.rules.GLA(rank=3, temperature=2.0),
+    "gsa of 5 slots": keras_mom.rules.GSA(num_slots=5, temperature=2.0),
     "hgrn2 with a lower bound": keras_mom.rules.HGRN2(lower_bound=0.7),
     "lightning with steep slopes": keras_mom.rules.Lightning(slope_scale=20.0),
     "delta_net with negative eigenvalues": keras_mom.rules.DeltaNet(
         allow_negative_eigenvalues=True
     ),
     "kda of rank 2": keras_mom.rules.KDA(rank=2),
+    "rwkv6 of rank 5": keras_mom.rules.RWKV6(rank=5),
     "rwkv7 of rank 5": keras_mom.rules.RWKV7(rank=5),
     "ttt at a rate of 2": keras_mom.rules.TTT(learning_rate=2.0),
 }
@@ -43,7 +45,16 @@ def test_the_layer_follows_the_rule(rule):
 
 @each_name
 def test_with_mask_documents_and_state(name):
-    layer = layer_of(name, per_memory_projections=False)
+    check_in_company(layer_of(name, per_memory_projections=False))
+
+
+@pytest.mark.parametrize("conv_width", [None, 1])
+def test_reading_before_the_update_needs_no_convolution(conv_width):
+    check_in_company(layer_of("rwkv6", conv_width=conv_width))
+
+
+def check_in_company(layer):
+    """With a mask, documents and a first state."""
     mask = np.random.default_rng(3).random((2, 40)) < 0.8
     ids = np.repeat([[4, 9, 4], [1, 2, 3]], [9, 1, 30], axis=1).astype("int32")
     state = tuple(tokens(*x.shape, seed=7) for x in layer.get_initial_state(2))
@@ -78,7 +89,9 @@ def test_causal_and_each_row_alone(name):
     assert not np.allclose(after[[0, 2], 12:], before[[0, 2], 12:])
 
 
-@pytest.mark.parametrize("name", ["linear_attention", "mamba2", "kda", "titans"])
+@pytest.mark.parametrize(
+    "name", ["linear_attention", "mamba2", "kda", "titans", "rwkv6", "gsa"]
+)
 def test_the_plain_layer_of_a_rule(name):
     """One memory: no routing, and the sequence goes through the rule as it is.
 
@@ -115,7 +128,10 @@ def test_files(name, tmp_path):
     [
         (lambda: keras_mom.rules.GLA(rank=0), "rank"),
         (lambda: keras_mom.rules.GLA(temperature=0), "temperature"),
+        (lambda: keras_mom.rules.GSA(num_slots=0), "num_slots"),
+        (lambda: keras_mom.rules.GSA(temperature=-1), "temperature"),
         (lambda: keras_mom.rules.KDA(rank=1.5), "rank"),
+        (lambda: keras_mom.rules.RWKV6(rank=0), "rank"),
         (lambda: keras_mom.rules.RWKV7(rank=-1), "rank"),
         (lambda: keras_mom.rules.HGRN2(lower_bound=1), "lower_bound"),
         (lambda: keras_mom.rules.Lightning(slope_scale=-1), "slope_scale"),

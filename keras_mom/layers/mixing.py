@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_mom.ops.dispatch import dispatch
+from keras_mom.layers.row_scan import RowScan
 from keras_mom.ops.memory_scan import AlignedSegments, block_size, chunk_size
 from keras_mom.ops.packing import Documents, Packing
 from keras_mom.ops.padding import pad
@@ -91,8 +91,9 @@ def mix_sequence(
     """
     length = ops.shape(indices)[1]
     size, block = chunk_size(length), block_size(length)
+    history = max(sizes.history, int(rule.read_before_update))
     packing = Packing(
-        indices, sizes.num_memories, sizes.shared, mask, sizes.history, size, block
+        indices, sizes.num_memories, sizes.shared, mask, history, size, block
     )
     documents = None
     if segment_ids is not None:
@@ -107,7 +108,7 @@ def mix_sequence(
         _by_set(tokens.value, sizes.projections),
     ]
     windows = [None] * 3
-    if state is not None and kernels is not None:
+    if state is not None and sizes.history:
         windows = _split_channels(sizes, state[1])
     rows = [
         _packed(packing, x, to, window)
@@ -140,25 +141,20 @@ def mix_sequence(
     else:
         beta = ops.where(filled, beta, 0.0)
 
-    outputs, memories = dispatch(
-        "memory_scan",
-        options["implementation"],
+    segments = AlignedSegments(
+        packing.chunk_offsets,
+        size,
+        block,
+        None if documents is None else documents.resets,
+    )
+    outputs, memories = rule.scan(
+        RowScan(options["implementation"], segments),
         query,
         key,
         value,
-        log_decay=log_decay,
-        beta=beta,
-        write=rule.write,
-        erase_before_decay=rule.erase_before_decay,
-        cu_seqlens=None,
-        aligned=AlignedSegments(
-            packing.chunk_offsets,
-            size,
-            block,
-            None if documents is None else documents.resets,
-        ),
-        initial_state=None if state is None else state[0],
-        scale=sizes.key_dim**-0.5,
+        log_decay,
+        beta,
+        None if state is None else state[0],
     )
     mixed = _mix(sizes, packing, outputs, weights)
     if not options["return_state"]:
@@ -237,18 +233,10 @@ def mix_token(sizes, rule, kernels, tokens, weights, indices, mask, state, optio
         shape = ops.shape(x)
         return ops.reshape(x, (batch * sizes.memories, 1, *shape[2:]))
 
-    outputs, memories = dispatch(
-        "memory_scan",
-        options["implementation"],
-        *[one_step(x) for x in (query, key, value)],
-        log_decay=one_step(log_decay),
-        beta=one_step(beta),
-        write=rule.write,
-        erase_before_decay=rule.erase_before_decay,
-        cu_seqlens=None,
-        aligned=None,
-        initial_state=one_step(state[0])[:, 0],
-        scale=sizes.key_dim**-0.5,
+    outputs, memories = rule.scan(
+        RowScan(options["implementation"]),
+        *[one_step(x) for x in (query, key, value, log_decay, beta)],
+        one_step(state[0])[:, 0],
     )
     shape = (batch, sizes.memories, sizes.num_heads, sizes.value_dim)
     outputs = ops.cast(ops.reshape(outputs, shape), "float32")
@@ -334,7 +322,7 @@ def _mix(sizes, packing, outputs, weights):
 
 def _last_windows(sizes, packing, documents, rows):
     """The convolution windows behind the last token: float32 `[B, M, W, channels]`."""
-    last = packing.window_rows()
+    last = packing.window_rows(sizes.history)
     windows = [ops.take_along_axis(x, last[..., None], axis=1) for x in rows]
     windows = ops.cast(ops.concatenate(windows, axis=-1), "float32")
     if documents is not None:

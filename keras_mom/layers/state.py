@@ -11,11 +11,13 @@ from keras_mom.layers.checks import check_state
 class StateMixin:
     """Explicit states, and the states that a `stateful` layer keeps.
 
-    A state is a tuple of float32 tensors: memories `[B, M (+ 1), H, K, V]`, and with a
-    convolution its windows `[B, M (+ 1), conv_width - 1, channels]`.
+    A state is a tuple of float32 tensors: memories `[B, M (+ 1), H, *state_shape]`,
+    with the rule's `state_shape`, which is `[K, V]` unless it says otherwise, and
+    with a convolution its windows `[B, M (+ 1), conv_width - 1, channels]`.
     """
 
     sizes: Any
+    update_rule: Any
     conv_width: int | None
     stateful: bool
     add_weight: Any
@@ -29,7 +31,7 @@ class StateMixin:
 
     def _state_shapes(self):
         sizes = self.sizes
-        memories = (sizes.memories, sizes.num_heads, sizes.key_dim, sizes.value_dim)
+        memories = (sizes.memories, sizes.num_heads, *self.update_rule.state_shape)
         if self.conv_width is None:
             return (memories,)
         return memories, (sizes.memories, sizes.history, sum(sizes.channels))

@@ -1,5 +1,7 @@
 """What a block of chunks contributes to the scan, forward and backward."""
 
+from typing import Any
+
 from keras import ops
 
 from keras_mom.ops.chunk_math import (
@@ -41,6 +43,11 @@ class ChunkFactors:
         inverse: `[..., C, C]`, of the identity plus `erase` times beta.
     """
 
+    into_query: Any = None
+    into_key: Any = None
+    to_end: Any = None
+    whole: Any = None
+
     def __init__(self, options, query, key, value, log_decay, beta, resets):
         size = options.chunk_size
         self.options = options
@@ -58,7 +65,6 @@ class ChunkFactors:
 
     def _set_decays(self, log_decay):
         self.decay = self.erase_decay = None
-        self.into_query = self.into_key = self.to_end = self.whole = None
         size, shifted = self.options.chunk_size, self.options.erase_before_decay
         if log_decay is None:
             self.decay_matrix = lower_mask(size)
@@ -123,6 +129,27 @@ class ChunkFactors:
     def reading_weights(self):
         """What a state takes from the rows' writes: `U = U0 - weights S`."""
         return ops.matmul(self.inverse, optional_product(self.reading_key, self.beta))
+
+    def written(self, write, chunk):
+        """What the writes `[B, H, C, V]` of a chunk leave in the state behind it."""
+        return ops.matmul(transposed(self.ending_key[:, chunk]), write)
+
+    def write_gradient(self, next_grad, chunk):
+        """Gradient of a chunk's writes from that of the state behind it."""
+        return ops.matmul(self.ending_key[:, chunk], next_grad)
+
+    def output(self, states, writes):
+        """Outputs `[..., C, V]` from the states before each chunk and the writes."""
+        return ops.matmul(self.reading_query, states) + ops.matmul(
+            self.attention, writes
+        )
+
+    def output_gradients(self, out_grad):
+        """Gradients of the states and of the writes that `output` takes."""
+        return (
+            ops.matmul(transposed(self.reading_query), out_grad),
+            ops.matmul(transposed(self.attention), out_grad),
+        )
 
     def decayed(self, state, chunk):
         """The state `[B, H, K, V]` after the decay of one of the block's chunks."""
@@ -189,15 +216,21 @@ class ChunkFactors:
             if log_decay_grad is not None:
                 log_decay_grad = log_decay_grad + erase_log_decay
         else:
-            value_grad = optional_product(write_grad, self.beta)
-            if self.beta is not None:
-                beta_grad = ops.sum(write_grad * self.value, axis=-1)
+            value_grad, beta_grad = self.additive_gradients(write_grad)
 
         if self.decay is not None:
-            log_decay_grad = log_decay_grad + self._crossing_log_decay_gradient(
-                states * next_grad, crossing_query, crossing_key, reading
+            whole = ops.sum(states * next_grad, axis=-1)[..., None, :]
+            log_decay_grad = log_decay_grad + self.crossing_log_decay_gradient(
+                whole * transposed(self.whole), crossing_query, crossing_key, reading
             )
         return query_grad, key_grad, value_grad, log_decay_grad, beta_grad
+
+    def additive_gradients(self, write_grad):
+        """Gradients of value and beta (or None) from those of additive writes."""
+        value_grad = optional_product(write_grad, self.beta)
+        if self.beta is None:
+            return value_grad, None
+        return value_grad, ops.sum(write_grad * self.value, axis=-1)
 
     def _pairs_gradient(self, gradient, left, matrix, left_decay, inclusive):
         """Gradients of left, key and log decay from those of `_pairs`."""
@@ -218,14 +251,13 @@ class ChunkFactors:
             log_decay_grad,
         )
 
-    def _crossing_log_decay_gradient(self, states, query, ending_key, reading_key):
+    def crossing_log_decay_gradient(self, whole, query, ending_key, reading_key=None):
         """Gradient of the log decays from all that crosses the chunk's borders.
 
-        Each argument is a factor times its gradient; a log decay gets the sum over
-        the factors that hold it.
+        Each argument is a factor times its gradient, `[..., C or 1, channels]`; a log
+        decay gets the sum over the factors that hold it.
         """
         size = self.options.chunk_size
-        whole = ops.sum(states, axis=-1)[..., None, :] * transposed(self.whole)
         crossing = [whole, query, ending_key, reading_key]
         if not self.per_channel:
             crossing = [

@@ -184,6 +184,35 @@ def _join_blocks(diagonal, corner):
     )
 
 
+def channel_sums(weights, rows, decay):
+    """Weighted sums of decayed rows: `sum_j weights_tj rows_jc exp(G_tc - G_jc)`.
+
+    Args:
+        weights: `[..., C, C]`; only what is at and below the diagonal counts.
+        rows: `[..., C, K]`.
+        decay: `CumulativeDecay` of `[..., C, K]`.
+    """
+    sums = ops.diagonal(weights, axis1=-2, axis2=-1)[..., None] * rows
+    for size in _levels(rows.shape[-2]):
+        row_factor, column_factor = _level_factors(decay, decay, size)
+        columns = _halves(rows, size)[0] * column_factor
+        later = ops.matmul(corner_blocks(weights, size), columns) * row_factor
+        sums += _join_halves(ops.zeros_like(later), later)
+    return sums
+
+
+def channel_sums_gradient(weights, gradient, decay):
+    """Gradient of the rows of `channel_sums` from that of the sums."""
+    rows_gradient = ops.diagonal(weights, axis1=-2, axis2=-1)[..., None] * gradient
+    for size in _levels(gradient.shape[-2]):
+        row_factor, column_factor = _level_factors(decay, decay, size)
+        later = _halves(gradient, size)[1] * row_factor
+        corner = transposed(corner_blocks(weights, size))
+        earlier = ops.matmul(corner, later) * column_factor
+        rows_gradient += _join_halves(earlier, ops.zeros_like(earlier))
+    return rows_gradient
+
+
 def channel_pairs_gradient(
     gradient, left, right, left_decay, right_decay, inclusive, exclusive_rows
 ):

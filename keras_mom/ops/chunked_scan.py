@@ -28,6 +28,7 @@ from keras_mom.ops.chunk_math import (
     split_chunks,
     transposed,
 )
+from keras_mom.ops.value_decay import ValueDecayFactors
 
 
 class ScanOptions(NamedTuple):
@@ -39,6 +40,7 @@ class ScanOptions(NamedTuple):
         chunk_size: C, a power of two.
         block_size: chunks a step of the loop; `block_size * C` divides T.
         scale: factor of the query.
+        decay_axis: `"key"` or `"value"`, the channels of a decay for each channel.
     """
 
     write: str
@@ -46,6 +48,7 @@ class ScanOptions(NamedTuple):
     chunk_size: int
     block_size: int
     scale: float
+    decay_axis: str = "key"
 
 
 def chunked_scan(
@@ -65,7 +68,8 @@ def chunked_scan(
         options: `ScanOptions`.
         query, key: float32 `[B, T, H, K]`, T a multiple of the rows of a block.
         value: float32 `[B, T, H, V]`.
-        log_decay: float32 `[B, T, H]` or `[B, T, H, K]`, or None for no decay.
+        log_decay: float32 `[B, T, H]` or `[B, T, H, K]`, or None for no decay;
+            `[B, T, H, V]` for value channels.
         beta: float32 `[B, T, H]`, or None for 1.
         resets: int32 `[B, T]`, 1 at a row before which the state is emptied, or None.
         chunk_offsets: int32 `[B, S + 1]`: segment s of a batch row holds the chunks
@@ -176,12 +180,14 @@ class _Scan:
         self.state_shape = (batch, heads, key_dim, value.shape[-1])
         self.segments = _Segments(offsets, chunks, batch)
         self.delta = options.write == "delta"
+        values_decay = options.decay_axis == "value" and self.rows[3] is not None
+        self._factors = ValueDecayFactors if values_decay else ChunkFactors
 
     def block(self, index):
         """The factors of a block of chunks."""
         rows = self.options.block_size * self.options.chunk_size
         inputs = [slice_rows(x, index * rows, rows) for x in self.rows]
-        return ChunkFactors(self.options, *inputs)
+        return self._factors(self.options, *inputs)
 
     def chunk_rows(self, x, index):
         """The rows of a block of chunks: `[B, T, H, V]` to `[B, G, H, C, V]`."""
@@ -211,8 +217,7 @@ def _forward(options, *tensors):
                 write = writes[:, chunk]
                 if weights is not None:
                     write = write - ops.matmul(weights[:, chunk], before)
-                written = ops.matmul(transposed(block.ending_key[:, chunk]), write)
-                after = block.decayed(before, chunk) + written
+                after = block.decayed(before, chunk) + block.written(write, chunk)
                 outputs = (before, write) if segments.alone else (before, write, after)
                 return after, tuple(x[:, None] for x in outputs)
 
@@ -220,9 +225,8 @@ def _forward(options, *tensors):
             state, (before, written, *after) = backend.scan(
                 chunk_step, state, size, count
             )
-            output = ops.matmul(block.reading_query, before)
-            output = output + ops.matmul(block.attention, written)
-            return state, (merge_chunks(output), before, *after)
+            output = merge_chunks(block.output(before, written))
+            return state, (output, before, *after)
 
         carry = segments.first_carry(scan.initial, scan.state_shape)
         last, (output, before, *after) = backend.scan(
@@ -251,14 +255,12 @@ def _backward(options, tensors, outputs, gradients):
             states = slice_rows(before, index * size, size)
             out_grad = scan.chunk_rows(output_gradient, index)
             writes, missing = block.writes(states)
-            local_grad = ops.matmul(transposed(block.attention), out_grad)
-            read_grad = ops.matmul(transposed(block.reading_query), out_grad)
+            read_grad, local_grad = block.output_gradients(out_grad)
             weights = block.reading_weights() if scan.delta else None
 
             def chunk_step(state_grad, chunk):
                 next_grad = hand_in(state_grad, chunk)
-                grad = local_grad[:, chunk]
-                grad = grad + ops.matmul(block.ending_key[:, chunk], next_grad)
+                grad = local_grad[:, chunk] + block.write_gradient(next_grad, chunk)
                 state_grad = read_grad[:, chunk] + block.decayed(next_grad, chunk)
                 if weights is not None:
                     state_grad = state_grad - ops.matmul(

@@ -46,6 +46,7 @@ def memory_scan(
     beta=None,
     write="delta",
     erase_before_decay=False,
+    decay_axis="key",
     cu_seqlens=None,
     initial_state=None,
     return_state=False,
@@ -61,6 +62,9 @@ def memory_scan(
         S_t = S' + k_t (beta_t (v_t - r_t))^T      (`r_t = 0` for additive writes)
         o_t = scale * q_t^T S_t
 
+    With `decay_axis="value"` the decay is one a value channel: `S' = S_{t-1}
+    diag(exp(g_t))`.
+
     Time and the memory of a training step grow linearly with T.
 
     Source: the rules of Table 1 of arXiv 2502.13685; the chunkwise form of the delta
@@ -70,12 +74,14 @@ def memory_scan(
         query, key: float `[B, T, H, K]`.
         value: float `[B, T, H, V]`.
         log_decay: natural logarithm of the decay of a step, at or below zero: float
-            `[B, T, H]`, one a head, or `[B, T, H, K]`, one a key channel. None means
-            no decay.
+            `[B, T, H]`, one a head, or `[B, T, H, K]`, one a key channel
+            (`[B, T, H, V]` with `decay_axis="value"`). None means no decay.
         beta: write strength, float `[B, T, H]`. None means 1.
         write: `"delta"` replaces what the key reads; `"additive"` adds to it.
         erase_before_decay: whether the delta rule reads the state before the step's
             decay rather than after it.
+        decay_axis: `"key"`, or for additive writes `"value"`: which channels of the
+            state the last axis of `log_decay` belongs to.
         cu_seqlens: int32 `[S + 1]`, with B == 1: row `cu_seqlens[s]` is the first of
             sequence s, and `cu_seqlens[s + 1]` the first behind it. Starts with 0
             and does not decrease. Rows behind the last sequence give zeros. None
@@ -92,7 +98,8 @@ def memory_scan(
         final state, float32 `[B, H, K, V]` or `[S, H, K, V]`.
 
     Raises:
-        ValueError: if a shape, a dtype, `write` or `cu_seqlens` does not fit.
+        ValueError: if a shape, a dtype, `write`, `decay_axis` or `cu_seqlens` does
+            not fit.
         NotImplementedError: if a named implementation cannot serve the call.
     """
     query, key, value = (ops.convert_to_tensor(x) for x in (query, key, value))
@@ -104,7 +111,11 @@ def memory_scan(
         )
     if cu_seqlens is not None:
         cu_seqlens = checked_cu_seqlens(cu_seqlens, "query", query.shape[1])
-    _check(query, key, value, log_decay, beta, write, cu_seqlens, initial_state)
+    _check_decay_axis(decay_axis, write, log_decay)
+    decayed = key if decay_axis == "key" else value
+    _check(
+        query, key, value, log_decay, decayed, beta, write, cu_seqlens, initial_state
+    )
     if erase_before_decay and write != "delta":
         raise ValueError(
             "`erase_before_decay` needs `write='delta'`: additive writes erase "
@@ -120,6 +131,7 @@ def memory_scan(
         beta=beta,
         write=write,
         erase_before_decay=bool(erase_before_decay),
+        decay_axis=decay_axis,
         cu_seqlens=cu_seqlens,
         aligned=None,
         initial_state=initial_state,
@@ -153,6 +165,7 @@ def _portable(
     beta,
     write,
     erase_before_decay,
+    decay_axis,
     cu_seqlens,
     aligned,
     initial_state,
@@ -165,7 +178,9 @@ def _portable(
     size, block = chunk_size(query.shape[1]), block_size(query.shape[1])
     if aligned is not None:
         size, block = aligned.chunk_size, aligned.block_size
-    options = ScanOptions(write, erase_before_decay, size, block, float(scale))
+    options = ScanOptions(
+        write, erase_before_decay, size, block, float(scale), decay_axis
+    )
     if aligned is not None:
         output, state = chunked_scan(
             options,
@@ -192,6 +207,8 @@ def _single_step(options, query, key, value, log_decay, beta, state):
     decayed = state
     if log_decay is not None:
         decay = ops.exp(log_decay[:, 0])
+        if options.decay_axis == "value":
+            decay = decay[:, :, None]
         decay = ops.reshape(decay, (*ops.shape(decay), *[1] * (4 - len(decay.shape))))
         decayed = decay * state
     with backend.full_precision():
@@ -269,7 +286,28 @@ def _optional_tensor(x):
     return None if x is None else ops.convert_to_tensor(x)
 
 
-def _check(query, key, value, log_decay, beta, write, cu_seqlens, initial_state):
+def _check_decay_axis(decay_axis, write, log_decay):
+    if decay_axis not in ("key", "value"):
+        raise ValueError(
+            "`decay_axis` must be 'key' or 'value'. "
+            f"Received: decay_axis={decay_axis!r}"
+        )
+    if decay_axis == "key":
+        return
+    if write != "additive":
+        raise ValueError(
+            f"`decay_axis='value'` needs `write='additive'`. Received: write={write!r}"
+        )
+    if log_decay is not None and len(log_decay.shape) == 3:
+        raise ValueError(
+            "`log_decay` must have shape [B, T, H, V] with `decay_axis='value'`. "
+            f"Received: {tuple(log_decay.shape)}"
+        )
+
+
+def _check(
+    query, key, value, log_decay, decayed, beta, write, cu_seqlens, initial_state
+):
     if write not in ("delta", "additive"):
         raise ValueError(
             f"`write` must be 'delta' or 'additive'. Received: write={write!r}"
@@ -281,7 +319,7 @@ def _check(query, key, value, log_decay, beta, write, cu_seqlens, initial_state)
     if log_decay is not None and len(log_decay.shape) == 3:
         _check_shape("log_decay", log_decay, rows)
     elif log_decay is not None:
-        _check_shape("log_decay", log_decay, (*rows, key_dim))
+        _check_shape("log_decay", log_decay, (*rows, decayed.shape[-1]))
     if beta is not None:
         _check_shape("beta", beta, rows)
     sequences = batch

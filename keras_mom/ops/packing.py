@@ -90,12 +90,12 @@ class Packing:
             targets, (batch, self.num_memories * self.history, 1)
         )
 
-    def window_rows(self):
-        """int32 `[B, M * W]`: the last W rows of each memory, history included."""
-        step = ops.arange(self.history, dtype="int32")
+    def window_rows(self, count):
+        """int32 `[B, M * count]`: each memory's last rows, history included."""
+        step = ops.arange(self.history - count, self.history, dtype="int32")
         rows = (self.start + self.count)[:, :, None] + step
         batch = ops.shape(rows)[0]
-        return ops.reshape(rows, (batch, self.num_memories * self.history))
+        return ops.reshape(rows, (batch, self.num_memories * count))
 
 
 class _Sizes(NamedTuple):

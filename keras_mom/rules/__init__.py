@@ -7,10 +7,12 @@ from keras_mom.rules.delta_net import DeltaNet
 from keras_mom.rules.fixed_decay import Lightning, RetNet
 from keras_mom.rules.gated_delta_net import GatedDeltaNet
 from keras_mom.rules.gla import GLA
+from keras_mom.rules.gsa import GSA
 from keras_mom.rules.hgrn2 import HGRN2
 from keras_mom.rules.kda import KDA
 from keras_mom.rules.linear_attention import LinearAttention
 from keras_mom.rules.mamba2 import Mamba2
+from keras_mom.rules.rwkv6 import RWKV6
 from keras_mom.rules.rwkv7 import RWKV7
 from keras_mom.rules.titans import Titans
 from keras_mom.rules.ttt import TTT
@@ -19,12 +21,14 @@ _BY_NAME = {
     "delta_net": DeltaNet,
     "gated_delta_net": GatedDeltaNet,
     "gla": GLA,
+    "gsa": GSA,
     "hgrn2": HGRN2,
     "kda": KDA,
     "lightning": Lightning,
     "linear_attention": LinearAttention,
     "mamba2": Mamba2,
     "retention": RetNet,
+    "rwkv6": RWKV6,
     "rwkv7": RWKV7,
     "titans": Titans,
     "ttt": TTT,
@@ -32,8 +36,10 @@ _BY_NAME = {
 
 __all__ = [
     "GLA",
+    "GSA",
     "HGRN2",
     "KDA",
+    "RWKV6",
     "RWKV7",
     "TTT",
     "DeltaNet",

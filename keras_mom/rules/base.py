@@ -37,7 +37,10 @@ class MemoryUpdateRule(keras.layers.Layer):
 
     Attributes:
         write: `"delta"` or `"additive"`.
-        erase_before_decay: whether a delta rule reads the state before its decay.
+        erase_before_decay: whether a delta rule erases what its key reads before the
+            decay.
+        read_before_update: whether a token reads what the tokens before it left,
+            before its own decay and write.
         convolution_activations: `"silu"` or None for query, key and value, behind the
             short convolution.
         num_heads, key_dim, value_dim: H, K and V of the layer, known in
@@ -47,6 +50,7 @@ class MemoryUpdateRule(keras.layers.Layer):
 
     write = "delta"
     erase_before_decay = False
+    read_before_update = False
     convolution_activations = ("silu", "silu", "silu")
 
     def __init__(self, **kwargs):
@@ -144,6 +148,38 @@ class MemoryUpdateRule(keras.layers.Layer):
             `keras_mom.ops.memory_scan`; log_decay and beta may be None.
         """
         raise NotImplementedError
+
+    def scan(self, scan, query, key, value, log_decay, beta, initial_state):
+        """Writes rows to their memories and reads them.
+
+        Override it where that is more than one memory scan. Rows that hold no token
+        have a log decay and a beta of 0.
+
+        Args:
+            scan: `RowScan`, which runs a memory scan over these rows.
+            query, key, value, log_decay, beta: what `prepare` returned, beta float32
+                `[B, R, H]`.
+            initial_state: float32 `[B, M, H, *state_shape]`, or None for an empty one.
+
+        Returns:
+            Outputs `[B, R, H, V]` and the state behind the rows.
+        """
+        return scan(
+            query,
+            key,
+            value,
+            log_decay=log_decay,
+            beta=beta,
+            initial_state=initial_state,
+            write=self.write,
+            erase_before_decay=self.erase_before_decay,
+            read_before_update=self.read_before_update,
+        )
+
+    @property
+    def state_shape(self):
+        """Rows and columns of the matrix that a head keeps in a memory: (K, V)."""
+        return self.key_dim, self.value_dim
 
     def call(self, inputs):
         """A rule is not called: its layer uses `project` and `prepare`."""

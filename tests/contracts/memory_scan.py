@@ -43,13 +43,14 @@ SOME_RULES = pytest.mark.parametrize(
 @functools.cache
 def scan(implementation, rule, scale=None):
     """The memory scan under test as a function of its tensors alone."""
-    _, write, erase_before_decay = rule
+    decay, write, erase_before_decay = rule
 
     def function(**tensors):
         return memory_scan(
             **tensors,
             write=write,
             erase_before_decay=erase_before_decay,
+            decay_axis="value" if decay == "value" else "key",
             return_state=True,
             scale=scale,
             implementation=implementation,
@@ -60,11 +61,12 @@ def scan(implementation, rule, scale=None):
 
 def reference_scan(rule, scale=None):
     """The token-by-token recurrence as a function of torch tensors."""
-    _, write, erase_before_decay = rule
+    decay, write, erase_before_decay = rule
     return functools.partial(
         reference.memory_scan,
         write=write,
         erase_before_decay=erase_before_decay,
+        decay_axis="value" if decay == "value" else "key",
         scale=scale,
         xp=torch,
     )

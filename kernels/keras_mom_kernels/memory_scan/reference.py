@@ -16,6 +16,7 @@ def memory_scan(
     beta=None,
     write="delta",
     erase_before_decay=False,
+    decay_axis="key",
     cu_seqlens=None,
     initial_state=None,
     scale=None,
@@ -51,7 +52,9 @@ def memory_scan(
             decayed = state
             if g is not None:
                 g = g[:, None] if len(g.shape) == 1 else g
-                decayed = xp.exp(g)[:, :, None] * state
+                decay = xp.exp(g)
+                decay = decay[:, None] if decay_axis == "value" else decay[:, :, None]
+                decayed = decay * state
             # 2. Read what the key holds.
             if write == "delta":
                 read_from = state if erase_before_decay else decayed

@@ -17,7 +17,7 @@ class Case(NamedTuple):
     Attributes:
         name: what differs from the other cases.
         B, T, H, K, V: sizes.
-        decay: `"none"`, `"head"` or `"channel"`.
+        decay: `"none"`, `"head"`, `"channel"` (of the key) or `"value"` (channel).
         write: `"delta"` or `"additive"`.
         erase_before_decay: as in the operation.
         cu_seqlens: borders of packed sequences, or None.
@@ -75,7 +75,8 @@ def make_inputs(case, seed=0):
         "value": random.normal(size=(*rows, case.V)),
     }
     if case.decay != "none":
-        shape = rows if case.decay == "head" else (*rows, case.K)
+        channels = {"head": (), "channel": (case.K,), "value": (case.V,)}
+        shape = (*rows, *channels[case.decay])
         if case.log_decays:
             inputs["log_decay"] = random.choice(case.log_decays, size=shape)
         else:
@@ -111,7 +112,7 @@ RULES = tuple(
     (decay, *write)
     for decay in ("none", "head", "channel")
     for write in (("additive", False), ("delta", False), ("delta", True))
-)
+) + (("value", "additive", False),)
 
 
 def rule_name(rule):
