@@ -4,6 +4,7 @@ import collections
 import weakref
 
 import keras
+import ml_dtypes
 import numpy as np
 
 import keras_mom
@@ -79,6 +80,21 @@ def variables_of(layer):
         assert name not in variables
         variables[name] = variable
     return variables
+
+
+STAY_FLOAT32 = ("router", "A_log", "dt_bias", "forget_bias", "decay_bias", "bonus")
+
+
+def to_bfloat16(x):
+    """The nearest bfloat16 numbers, in the dtype of `x`."""
+    return x.astype(ml_dtypes.bfloat16).astype(x.dtype)
+
+
+def round_to_bfloat16(layer):
+    """Rounds the weights that a bfloat16 layer rounds: those of its projections."""
+    for name, variable in variables_of(layer).items():
+        if name not in STAY_FLOAT32:
+            variable.assign(to_bfloat16(to_numpy(variable.value)))
 
 
 def tokens(*shape, seed=1):

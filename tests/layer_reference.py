@@ -72,6 +72,72 @@ def mom_layer(
     return xp.stack(outputs), tuple(xp.stack(list(x)) for x in zip(*states))
 
 
+def lone_memory(layer, weights, inputs, rounded=lambda x: x):
+    """`mom_layer` for one memory without a convolution, of one row, on NumPy.
+
+    Projects all tokens at once, and so is fast enough for many.
+
+    Args:
+        layer, weights, rounded: as `mom_layer` takes them.
+        inputs: float64 `[T, D]`.
+
+    Returns:
+        Outputs `[T, D]` and the memory `[H, K, V]`.
+    """
+    heads, key_dim, value_dim = layer.num_heads, layer.key_dim, layer.value_dim
+    query, key, value = (
+        rounded(inputs @ weights[name]).reshape(-1, heads, width)
+        for name, width in (
+            ("query", key_dim),
+            ("key", key_dim),
+            ("value", value_dim),
+        )
+    )
+    rule = layer.update_rule
+    step = STEPS[name_of(rule)]
+    projected = _ProjectedOnce(weights, inputs, rounded)
+    state = np.zeros((heads, *rule.state_shape))
+    mixed = []
+    for t in range(len(inputs)):
+        project, low_rank = projected.of_token(t)
+        token = Token(query[t], key[t], value[t], project, low_rank, weights, np)
+        state, output = step(rule, token, state)
+        mixed.append(output)
+    mixed = np.stack(mixed)
+    mean_square = (mixed**2).mean(-1, keepdims=True)
+    normalized = mixed / np.sqrt(mean_square + layer.norm_epsilon)
+    output = (normalized * weights["norm_scale"]).reshape(len(inputs), -1)
+    if layer.use_output_gate:
+        output = output * _silu(rounded(inputs @ weights["gate"]), np)
+    return output @ weights["output"], state
+
+
+class _ProjectedOnce:
+    """A rule's projections of all tokens, made when the first token asks for them."""
+
+    def __init__(self, weights, inputs, rounded):
+        self.weights, self.inputs, self.rounded = weights, inputs, rounded
+        self.of_name = {}
+
+    def of_token(self, t):
+        def project(name, width):
+            if name not in self.of_name:
+                self.of_name[name] = self.rounded(self.inputs @ self.weights[name])
+            return self.of_name[name][t]
+
+        def low_rank(name, rank, width, activation):
+            if name not in self.of_name:
+                low = self.rounded(self.inputs @ self.weights[f"{name}/down_kernel"])
+                low = low if activation is None else activation(low)
+                output = low @ self.weights[f"{name}/up_kernel"]
+                if f"{name}/bias" in self.weights:
+                    output = output + self.weights[f"{name}/bias"][0]
+                self.of_name[name] = output
+            return self.of_name[name][t]
+
+        return project, low_rank
+
+
 def empty_state(layer, xp=np):
     """Lists over memories: matrices `[H, K, V]`, and windows `[W, channels]`."""
     count = layer.num_memories + layer.shared_memory

@@ -1,6 +1,5 @@
 """`MoMLayer` against a float64 transcription that runs token by token."""
 
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -10,9 +9,9 @@ from tests.layer_helpers import (
     call,
     make_layer,
     relative_rms,
-    to_numpy,
+    round_to_bfloat16,
+    to_bfloat16,
     tokens,
-    variables_of,
 )
 from tests.layer_reference import mom_layer, weights_of
 
@@ -114,15 +113,9 @@ def test_mixed_bfloat16(variant):
     layer of this dtype returns. The router is float32: the routing is the same.
     """
     layer = make_layer(dtype="mixed_bfloat16", return_state=True, **VARIANTS[variant])
-    for name, variable in variables_of(layer).items():
-        if name not in ("router", "A_log", "dt_bias"):
-            variable.assign(_to_bfloat16(to_numpy(variable.value)))
-    inputs = _to_bfloat16(tokens(BATCH, LENGTH, WIDTH))
+    round_to_bfloat16(layer)
+    inputs = to_bfloat16(tokens(BATCH, LENGTH, WIDTH))
     expected = mom_layer(
-        layer, weights_of(layer), inputs.astype("float64"), rounded=_to_bfloat16
+        layer, weights_of(layer), inputs.astype("float64"), rounded=to_bfloat16
     )
     assert_close(call(layer, inputs), expected, 5e-3)
-
-
-def _to_bfloat16(x):
-    return x.astype(ml_dtypes.bfloat16).astype(x.dtype)

@@ -6,7 +6,20 @@ import pytest
 
 import keras_mom
 from tests.layer_agreement import check_layer
-from tests.layer_helpers import assert_close, call, make_layer, tokens
+from tests.layer_helpers import (
+    BACKEND,
+    assert_close,
+    call,
+    evaluate,
+    make_layer,
+    round_to_bfloat16,
+    to_bfloat16,
+    to_numpy,
+    tokens,
+    variables_of,
+)
+from tests.layer_reference import lone_memory, weights_of
+from tests.rule_extremes import EXTREMES, apply
 from tests.rule_reference import STEPS
 
 WIDTH = 12
@@ -16,7 +29,8 @@ RULES = {
     "gla of rank 3": keras_mom.rules.GLA(rank=3, temperature=2.0),
     "gsa of 5 slots": keras_mom.rules.GSA(num_slots=5, temperature=2.0),
     "hgrn2 with a lower bound": keras_mom.rules.HGRN2(lower_bound=0.7),
-    "lightning with steep slopes": keras_mom.rules.Lightning(slope_scale=20.0),
+    "lightning without slopes": keras_mom.rules.Lightning(slope_scale=0.0),
+    "lightning with steep slopes": keras_mom.rules.Lightning(slope_scale=5120.0),
     "delta_net with negative eigenvalues": keras_mom.rules.DeltaNet(
         allow_negative_eigenvalues=True
     ),
@@ -39,8 +53,15 @@ def test_the_transcriptions_cover_every_rule():
 
 @each_rule
 def test_the_layer_follows_the_rule(rule):
-    """Output, final state and every gradient."""
-    check_layer(layer_of(rule), {})
+    """Output, final state and every gradient, at common gates and at extreme ones."""
+    layer = layer_of(rule)
+    check_layer(layer, {}, batch=1)
+    variables = variables_of(layer)
+    values = {name: to_numpy(variable.value) for name, variable in variables.items()}
+    for setting in EXTREMES.get(rule, {}).values():
+        apply(variables, setting, values)
+        check_layer(layer, {}, batch=1, smallest=1e-6)
+        apply(variables, {name: (1.0, 0.0) for name in setting}, values)
 
 
 @each_name
@@ -99,6 +120,27 @@ def test_the_plain_layer_of_a_rule(name):
     """
     layer = layer_of(name, num_memories=1, top_k=1, shared_memory=False)
     check_layer(layer, {}, length=40)
+
+
+# Where nothing is compiled every rule, elsewhere one for each form of the scan.
+LONG = ["linear_attention", "gated_delta_net", "rwkv7", "gsa"]
+
+
+@pytest.mark.parametrize("name", list(STEPS) if BACKEND == "torch" else LONG)
+def test_16k_tokens_in_bfloat16(name):
+    plain = {"num_memories": 1, "top_k": 1, "shared_memory": False, "num_heads": 1}
+    sizes = {"key_dim": 8, "value_dim": 8, "conv_width": None, "width": 8}
+    layer = layer_of(name, dtype="mixed_bfloat16", **plain, **sizes)
+    round_to_bfloat16(layer)
+    inputs = to_bfloat16(tokens(1, 16384, 8))
+    outputs, of_inputs, of_weights = evaluate(layer, inputs, tokens(1, 16384, 8))
+    weights = weights_of(layer)
+    expected, state = lone_memory(
+        layer, weights, inputs[0].astype("float64"), rounded=to_bfloat16
+    )
+    assert_close((outputs[0][0], outputs[1][0][0, 0]), (expected, state), 5e-3)
+    for gradient in (of_inputs, *of_weights.values()):
+        assert np.isfinite(gradient).all()
 
 
 @each_rule
