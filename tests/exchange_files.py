@@ -33,6 +33,17 @@ def language_model(seed, lora=False, **kwargs):
     return keras.Model(ids, keras.layers.Dense(9)(x))
 
 
+def every_rule(seed):
+    """One output a rule, in the order of their names."""
+    keras.utils.set_random_seed(seed)
+    ids = keras.Input((None,), dtype="int32")
+    normal = keras.initializers.RandomNormal(stddev=1.0)
+    x = keras.layers.Embedding(9, 12, normal, mask_zero=True)(ids)
+    names = keras_mom.rules.names()
+    outputs = [keras_mom.MoMLayer(2, 6, update_rule=name)(x) for name in names]
+    return keras.Model(ids, outputs)
+
+
 def main(folder):
     models = {
         "defaults": language_model(1),
@@ -40,15 +51,16 @@ def main(folder):
             2, update_rule="linear_attention", shared_memory=False, conv_width=None
         ),
         "lora": language_model(3, lora=True),
+        "every rule": every_rule(4),
     }
     for name, model in models.items():
         model.save(folder / f"{name}-{BACKEND}.keras")
-        np.save(folder / f"{name}-{BACKEND}.npy", to_numpy(model(IDS)))
+        np.save(folder / f"{name}-{BACKEND}.npy", np.array(to_numpy(model(IDS))))
     print("written", flush=True)
     sys.stdin.readline()
     for path in sorted(folder.glob("*.keras")):
         outputs = to_numpy(keras.saving.load_model(path)(IDS))
-        np.save(folder / f"{path.stem}-read-by-{BACKEND}.npy", outputs)
+        np.save(folder / f"{path.stem}-read-by-{BACKEND}.npy", np.array(outputs))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Every update rule in the layer, against a transcription of its paper's equation."""
 
-import keras
 import numpy as np
 import pytest
 
@@ -23,7 +22,8 @@ from tests.rule_extremes import EXTREMES, apply
 from tests.rule_reference import STEPS
 
 WIDTH = 12
-# The rules that the layer's own tests leave out, and the options of all of them.
+# Options change nothing but what `prepare` computes: they are held to the equations on
+# one backend, the rules on all.
 RULES = {
     **{name: name for name in STEPS},
     "gla of rank 3": keras_mom.rules.GLA(rank=3, temperature=2.0),
@@ -51,7 +51,7 @@ def test_the_transcriptions_cover_every_rule():
     assert set(STEPS) == set(keras_mom.rules.names())
 
 
-@each_rule
+@pytest.mark.parametrize("rule", RULES if BACKEND == "torch" else STEPS)
 def test_the_layer_follows_the_rule(rule):
     """Output, final state and every gradient, at common gates and at extreme ones."""
     layer = layer_of(rule)
@@ -85,29 +85,26 @@ def check_in_company(layer):
 
 @each_name
 def test_pieces_and_tokens_equal_the_whole(name):
+    """And the whole is causal, with each row alone."""
     layer = layer_of(name)
-    inputs = tokens(2, 20, WIDTH)
-    whole, last = call(layer, inputs)
+    inputs = tokens(3, 12, WIDTH)
+    whole, last = call(layer, inputs, training=True)
     state, parts, start = None, [], 0
-    for length in (13, 1, 1, 5):
+    for length in (5, 1, 1, 5):
         given = {} if state is None else {"initial_state": state}
-        part, state = call(layer, inputs[:, start : start + length], **given)
+        part, state = call(
+            layer, inputs[:, start : start + length], training=True, **given
+        )
         parts.append(part)
         start += length
     assert_close((np.concatenate(parts, axis=1), state), (whole, last), 1e-5)
 
-
-@each_name
-def test_causal_and_each_row_alone(name):
-    layer = layer_of(name)
-    inputs = tokens(3, 20, WIDTH)
-    before, _ = call(layer, inputs, training=True)
     changed = inputs.copy()
-    changed[:, 12:] = 3 * tokens(3, 8, WIDTH, seed=5)
+    changed[:, 7:] = 3 * tokens(3, 5, WIDTH, seed=5)
     changed[1] = np.nan
     after, _ = call(layer, changed, training=True)
-    np.testing.assert_allclose(after[[0, 2], :12], before[[0, 2], :12], atol=1e-6)
-    assert not np.allclose(after[[0, 2], 12:], before[[0, 2], 12:])
+    np.testing.assert_allclose(after[[0, 2], :7], whole[[0, 2], :7], atol=1e-6)
+    assert not np.allclose(after[[0, 2], 7:], whole[[0, 2], 7:])
 
 
 @pytest.mark.parametrize(
@@ -150,19 +147,6 @@ def test_configs_keep_the_options(rule):
     assert type(again.update_rule) is type(layer.update_rule)
     assert again.get_config() == layer.get_config()
     assert again.update_rule.get_config() == layer.update_rule.get_config()
-
-
-@pytest.mark.parametrize("name", ["gla", "kda", "rwkv7", "titans"])
-def test_files(name, tmp_path):
-    """The rules with weights that no other rule has."""
-    inputs = keras.Input((None, WIDTH))
-    model = keras.Model(inputs, make_layer(update_rule=name)(inputs))
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
-    given = tokens(2, 9, WIDTH)
-    assert_close(
-        loaded.predict(given, verbose=0), model.predict(given, verbose=0), 1e-6
-    )
 
 
 @pytest.mark.parametrize(

@@ -431,3 +431,12 @@ if BACKEND == "jax":
         read = np.load(exchanged / f"{name}-{writer}-read-by-{reader}.npy")
         assert written.std() > 0.1
         assert relative_rms(read, written) < 1e-5
+
+    @pytest.mark.parametrize("reader", BACKENDS)
+    @pytest.mark.parametrize("writer", BACKENDS)
+    def test_a_file_of_each_rule_loads_on_every_backend(writer, reader, exchanged):
+        written = np.load(exchanged / f"every rule-{writer}.npy")
+        read = np.load(exchanged / f"every rule-{writer}-read-by-{reader}.npy")
+        for name, before, after in zip(keras_mom.rules.names(), written, read):
+            assert before.std() > 0.01, name
+            assert relative_rms(after, before) < 1e-5, name
