@@ -76,9 +76,10 @@ class MoMLayer(StateMixin, ProjectionsMixin, keras.layers.Layer):
     Returns:
         `[B, T, D]`, or `[B, D]` without `return_sequences`, of the compute dtype; with
         `return_state`, a tuple of it and the state. The state is a tuple of float32
-        tensors: memories `[B, M (+ 1), H, K, V]`, the shared memory last, and
-        convolution windows `[B, M (+ 1), conv_width - 1, H * (2 K + V)]` (left out
-        without a convolution). It describes the last document of each row.
+        tensors: memories `[B, M (+ 1), H, K, V]` (the rule's `state_shape` in place
+        of K and V), the shared memory last, and convolution windows
+        `[B, M (+ 1), conv_width - 1, H * (2 K + V)]` (left out without a convolution).
+        It describes the last document of each row.
 
     Raises:
         ValueError: if an argument does not fit; the message names it.
