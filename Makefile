@@ -10,6 +10,7 @@ BACKEND := $(or $(KERAS_BACKEND),jax)
 BACKENDS ?= jax torch tensorflow
 PYTEST_ARGS ?= -q -n 2
 DEMO_ARGS ?=
+RECALL_ARGS ?=
 
 # Keeps TensorFlow's start-up notices out of the output.
 export TF_CPP_MIN_LOG_LEVEL ?= 3
@@ -18,7 +19,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 pins_torch := torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench-cpu clean
+.PHONY: help demo test lint bench-cpu recall clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -53,6 +54,9 @@ bench-cpu: $(VENV)/.installed-test ## Time the layer on this machine's CPU, on e
 	    echo "==> benchmark on $$backend"; \
 	    KERAS_BACKEND=$$backend $(PY) benchmarks/cpu.py; \
 	done
+
+recall: $(VENV)/.installed-$(BACKEND) ## Train a layer of every update rule on associative recall
+	KERAS_BACKEND=$(BACKEND) $(PY) benchmarks/recall.py $(RECALL_ARGS)
 
 clean: ## Remove the environment, caches and build outputs
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
