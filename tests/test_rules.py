@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import keras_mom
+from benchmarks import recall
 from tests.layer_agreement import check_layer
 from tests.layer_helpers import (
     BACKEND,
@@ -138,6 +139,18 @@ def test_16k_tokens_in_bfloat16(name):
     assert_close((outputs[0][0], outputs[1][0][0, 0]), (expected, state), 5e-3)
     for gradient in (of_inputs, *of_weights.values()):
         assert np.isfinite(gradient).all()
+
+
+if BACKEND == "torch":
+    # `make recall` trains every rule; these two take the least time.
+
+    @pytest.mark.parametrize("name", ["linear_attention", "gated_delta_net"])
+    def test_a_trained_layer_recalls(name):
+        assert recall.train_and_test(name) >= recall.stated_accuracy(name)
+
+
+def test_every_rule_states_an_accuracy():
+    assert set(recall.STATED) == set(STEPS)
 
 
 @each_rule
