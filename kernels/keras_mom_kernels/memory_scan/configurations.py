@@ -1,0 +1,86 @@
+"""Block sizes, warps and stages of the Triton kernels, by shape and chip.
+
+Chosen by hand and by the compiler's register counts; nothing is tuned at run time.
+"""
+
+from typing import NamedTuple
+
+# C, the rows of a chunk.
+CHUNK_SIZE = 64
+
+
+class Launch(NamedTuple):
+    """How a kernel is launched.
+
+    Attributes:
+        block_k: key channels a program takes at a time, a power of two.
+        block_v: value channels a program takes at a time, a power of two.
+        warps: warps of a program.
+        stages: stages of the loads of its loop.
+    """
+
+    block_k: int
+    block_v: int
+    warps: int
+    stages: int
+
+
+class Configuration(NamedTuple):
+    """Of all kernels of a call.
+
+    Attributes:
+        precision: how products are computed: `"bf16"`, or on float32 operands
+            `"tf32"`, `"tf32x3"` or `"ieee"`.
+        split: whether float32 operands of bf16 products go in two parts, which keeps
+            the outputs of strongly correlated keys within 5e-3.
+        pairs: of `pair_rows`.
+        scan: of `scan_chunks`.
+        reverse: of `scan_gradients`.
+        gradients: of `row_gradients`.
+    """
+
+    precision: str
+    split: bool
+    pairs: Launch
+    scan: Launch
+    reverse: Launch
+    gradients: Launch
+
+
+def configuration(key_dim, value_dim, dtype, decay, target="cuda", capability=90):
+    """The configuration of a call.
+
+    Args:
+        key_dim, value_dim: K and V.
+        dtype: `"bfloat16"`, `"float16"` or `"float32"`, of query, key and value;
+            `"float32"` for mixed ones.
+        decay: `"none"`, `"head"` or `"channel"`.
+        target: `"cuda"` or `"hip"`.
+        capability: of the GPU, such as 80 or 90; counts for `"cuda"` only.
+    """
+    wide_k, wide_v = power_of_two(key_dim), power_of_two(value_dim)
+    if dtype == "bfloat16":
+        precision = "bf16"
+    elif target != "cuda" or capability < 90:
+        # AMD has no tf32x3, and on sm_80 it is slow.
+        precision = "ieee"
+    else:
+        precision = "tf32" if dtype == "float16" else "tf32x3"
+    half = precision == "bf16"
+    channel = decay == "channel"
+    block_v = min(wide_v, 64 if half and wide_k <= 128 else 32)
+    pairs = Launch(min(wide_k, 64 if channel or not half else 128), 0, 4, 1)
+    scan = Launch(wide_k, block_v, 4 if wide_k <= 128 else 8, 1)
+    reverse = Launch(wide_k, block_v, 4 if wide_k <= 128 else 8, 1)
+    gradients = Launch(
+        min(wide_k, 64 if channel or not half else 128),
+        min(wide_v, 64 if half else 32),
+        8,
+        1,
+    )
+    return Configuration(precision, half, pairs, scan, reverse, gradients)
+
+
+def power_of_two(size):
+    """The least power of two that is at least `size` and 16, what a product takes."""
+    return max(16, 1 << (size - 1).bit_length())
