@@ -289,7 +289,8 @@ def row_gradients(
             next_grad = load_rows(state_grads, kept, kept_mask).to(tl.float32)
             held += tl.sum(state.to(tl.float32) * next_grad, axis=1)
         if BETA:
-            own = load_rows(value, values, filled & (block == 0)).to(tl.float32)
+            once = filled & (t < tl.where(block == 0, C, 0))[:, None]
+            own = load_rows(value, values, once).to(tl.float32)
             d_beta += tl.sum(x * own, axis=1)
         if DELTA:
             read = dot(reading_key, state, PRECISION) * into_key[:, None]

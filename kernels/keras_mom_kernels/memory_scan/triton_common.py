@@ -79,7 +79,17 @@ def load_rows(x, offsets, mask):
 
 
 @triton.jit
+def nearest(x):
+    """`x` rounded to bfloat16; the interpreter's own conversion cuts digits off."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & ~0xFFFF
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
 def store_rows(x, offsets, mask, tile):
+    if INTERPRETED and x.dtype.element_ty == tl.bfloat16:
+        tile = nearest(tile.to(tl.float32))
     tl.store(x + offsets, tile.to(x.dtype.element_ty), mask=mask)
 
 
@@ -119,10 +129,11 @@ def square_offsets(chunk, head, heads, C: tl.constexpr):
 def operand(x, PRECISION: tl.constexpr):
     """`x` as a product takes it."""
     if PRECISION == "bf16":
-        x = x.to(tl.bfloat16)
         if INTERPRETED:
-            # The interpreter rounds to bfloat16, but cannot compute in it.
-            x = x.to(tl.float32)
+            # The interpreter cannot compute in bfloat16.
+            x = nearest(x.to(tl.float32))
+        else:
+            x = x.to(tl.bfloat16)
     else:
         x = x.to(tl.float32)
     return x
@@ -189,7 +200,7 @@ def head_sums(
 
     Rows behind the last repeat its sums.
     """
-    t = tl.minimum(tl.arange(0, C), count - 1) - SHIFT
+    t = tl.minimum(tl.arange(0, C) - SHIFT, count - 1)
     offsets = (row + t) * heads + head
     # Without rows all of `t` is negative.
     inside = t >= 0
@@ -314,8 +325,9 @@ def channel_decays(
     into_query = tl.exp(c + f)
     into_key = into_query
     if EXCLUSIVE:
+        last = tl.minimum(tl.arange(0, C) - 1, count - 1)
         before_c, before_f = channel_sums(
-            coarse, fine, row + last - 1, last > 0, head, heads, start, K, BLOCK_K
+            coarse, fine, row + last, last >= 0, head, heads, start, K, BLOCK_K
         )
         into_key = tl.exp(before_c + before_f)
     k = start + tl.arange(0, BLOCK_K)
@@ -348,11 +360,12 @@ def level_decays(
     With SHIFT a second half's rows take the sums of the rows before. `[C, BLOCK_K]`.
     """
     t = tl.arange(0, C)
-    last = tl.minimum(t, count - 1)
     second = (t & half) != 0
+    last = t
     border = tl.minimum((t & ~(2 * half - 1)) + half - 1, count - 1)
     if SHIFT:
-        last = tl.where(second, last - 1, last)
+        last = tl.where(second, t - 1, t)
+    last = tl.minimum(last, count - 1)
     inside = last >= 0
     c, f = channel_sums(
         coarse, fine, row + last, inside, head, heads, start, K, BLOCK_K
@@ -361,9 +374,7 @@ def level_decays(
         coarse, fine, row + border, inside, head, heads, start, K, BLOCK_K
     )
     difference = (c - border_c) + (f - border_f)
-    difference = tl.where(second[:, None], difference, -difference)
-    # Above 0 only where a chunk holds no rows.
-    return tl.exp(tl.minimum(difference, 0.0))
+    return tl.exp(tl.where(second[:, None], difference, -difference))
 
 
 @triton.jit
