@@ -33,6 +33,7 @@ class Configuration(NamedTuple):
             `"tf32"`, `"tf32x3"` or `"ieee"`.
         split: whether float32 operands of bf16 products go in two parts, which keeps
             the outputs of strongly correlated keys within 5e-3.
+        solve: precision of the products of `solve_pairs`, on blocks of 16.
         pairs: of `pair_rows`.
         scan: of `scan_chunks`.
         reverse: of `scan_gradients`.
@@ -41,6 +42,7 @@ class Configuration(NamedTuple):
 
     precision: str
     split: bool
+    solve: str
     pairs: Launch
     scan: Launch
     reverse: Launch
@@ -78,7 +80,8 @@ def configuration(key_dim, value_dim, dtype, decay, target="cuda", capability=90
         8,
         1,
     )
-    return Configuration(precision, half, pairs, scan, reverse, gradients)
+    solve = "tf32x3" if target == "cuda" and capability >= 90 else "ieee"
+    return Configuration(precision, half, solve, pairs, scan, reverse, gradients)
 
 
 def power_of_two(size):

@@ -21,6 +21,9 @@ from keras_mom_kernels.memory_scan.configurations import (
     power_of_two,
 )
 from keras_mom_kernels.memory_scan.triton_backward import row_gradients, scan_gradients
+from keras_mom_kernels.memory_scan.triton_channel_backward import (
+    channel_row_gradients,
+)
 from keras_mom_kernels.memory_scan.triton_common import INTERPRETED
 from keras_mom_kernels.memory_scan.triton_forward import (
     pair_rows,
@@ -145,6 +148,11 @@ class _Call(NamedTuple):
     tensors: dict
 
     @property
+    def narrow(self):
+        """The dtype of what products take."""
+        return torch.bfloat16 if self.config.precision == "bf16" else torch.float32
+
+    @property
     def heads(self):
         return self.sizes["heads"]
 
@@ -255,15 +263,15 @@ def _sums(call, log_decay):
     return dict(coarse=coarse, fine=fine)
 
 
-def _pairs(call, query, key, beta, sums):
-    """The solve of each chunk and its decayed query-key products, where needed."""
+def _pairs(call, query, key, beta, sums, attention):
+    """The solve of each chunk and, with `attention`, its query-key products."""
     delta = call.constants["DELTA"]
-    channel = call.constants["DECAY"] == "channel"
-    if not (delta or channel) or call.all_chunks == 0:
+    if not (delta or attention) or call.all_chunks == 0:
         return dict(inverse=None, attention=None)
-    shape = (call.all_chunks, call.heads, CHUNK_SIZE, CHUNK_SIZE)
-    inverse = call.empty(*shape) if delta else None
-    attention = call.empty(*shape) if channel else None
+    parts = 2 if call.config.split else 1
+    shape = (call.all_chunks, call.heads, parts, CHUNK_SIZE, CHUNK_SIZE)
+    products = call.empty(*shape, dtype=call.narrow) if attention else None
+    square = call.empty(*shape[:2], *shape[3:]) if delta else None
     launch = call.config.pairs
     grid = (call.all_chunks * call.heads,)
     pair_rows[grid](
@@ -272,19 +280,30 @@ def _pairs(call, query, key, beta, sums):
         beta,
         resets=call.tensors["resets"],
         table=call.tensors["table"],
-        pairs=inverse,
-        attention=attention,
+        pairs=square,
+        attention=products,
         **sums,
         **call.sizes,
         K=key.shape[-1],
         BLOCK_K=launch.block_k,
+        PARTS=parts,
+        ATTENTION=attention,
         **call.constants,
         num_warps=launch.warps,
         num_stages=launch.stages,
     )
+    inverse = None
     if delta:
-        solve_pairs[grid](inverse, C=CHUNK_SIZE, PRECISION="ieee", num_warps=1)
-    return dict(inverse=inverse, attention=attention)
+        inverse = call.empty(*shape, dtype=call.narrow)
+        solve_pairs[grid](
+            square,
+            inverse,
+            C=CHUNK_SIZE,
+            PARTS=parts,
+            PRECISION=call.config.solve,
+            num_warps=1,
+        )
+    return dict(inverse=inverse, attention=products)
 
 
 def _scan(call, query, key, value, beta, sums, pairs, initial, scale, **outputs):
@@ -312,7 +331,7 @@ def _scan(call, query, key, value, beta, sums, pairs, initial, scale, **outputs)
         SEGMENTED=call.tensors["offsets"] is not None,
         INITIAL=initial is not None,
         OUTPUT="output" in outputs,
-        SPLIT=call.config.split,
+        PARTS=2 if call.config.split else 1,
         **call.constants,
         num_warps=launch.warps,
         num_stages=launch.stages,
@@ -363,7 +382,7 @@ def _forward(
         output = new(value)
         final = call.empty(*call.state_shape)
         sums = _sums(call, log_decay)
-        pairs = _pairs(call, query, key, beta, sums)
+        pairs = _pairs(call, query, key, beta, sums, True)
         outputs = dict(output=output, final=final)
         _scan(
             call, query, key, value, beta, sums, pairs, initial_state, scale, **outputs
@@ -450,16 +469,15 @@ def _gradients(
 ):  # fmt: skip
     new = torch.zeros_like if ragged else torch.empty_like
     key_dim, value_dim = key.shape[-1], value.shape[-1]
-    narrow = torch.bfloat16 if call.config.precision == "bf16" else torch.float32
     shape = (call.all_chunks, call.heads, key_dim, value_dim)
-    states, state_grads = (call.empty(*shape, dtype=narrow) for _ in range(2))
-    writes = torch.empty_like(value, dtype=narrow)
+    states, state_grads = (call.empty(*shape, dtype=call.narrow) for _ in range(2))
+    writes = torch.empty_like(value, dtype=call.narrow)
     value_grad = new(value)
     initial_grad = None if initial is None else torch.empty_like(initial)
 
     # 1. The states before each chunk and what the rows wrote, as in the forward pass.
     sums = _sums(call, log_decay)
-    pairs = _pairs(call, query, key, beta, sums)
+    pairs = _pairs(call, query, key, beta, sums, True)
     _scan(
         call,
         query,
@@ -498,7 +516,7 @@ def _gradients(
         STAGES=launch.stages,
         SEGMENTED=call.tensors["offsets"] is not None,
         INITIAL=initial is not None,
-        SPLIT=call.config.split,
+        PARTS=2 if call.config.split else 1,
         **call.constants,
         num_warps=launch.warps,
         num_stages=launch.stages,
@@ -517,7 +535,8 @@ def _gradients(
         decay_grad = new(log_decay, dtype=torch.float32)
         decay_grad = decay_grad if channel else _stacked(decay_grad, blocks)
     if call.all_chunks:
-        row_gradients[(blocks * call.heads * call.all_chunks,)](
+        kernel = channel_row_gradients if channel else row_gradients
+        kernel[(blocks * call.heads * call.all_chunks,)](
             query,
             key,
             value,

@@ -20,8 +20,8 @@ from keras_mom_kernels.memory_scan.triton_common import (
     channel_decays,
     chunk_rows,
     dot,
-    dot_left,
     dot_right,
+    dot_square,
     head_decays,
     head_pairs,
     level_decays,
@@ -77,7 +77,7 @@ def scan_gradients(
     RESETS: tl.constexpr,
     INITIAL: tl.constexpr,
     PRECISION: tl.constexpr,
-    SPLIT: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     """Writes N to `state_grads` `[chunks, H, K, V]` and X to `write_grads`.
 
@@ -88,7 +88,6 @@ def scan_gradients(
     head = (tl.program_id(0) // blocks) % heads
     segment = tl.program_id(0) // (blocks * heads)
     begin, end = segment_chunks(segment, offsets, segments, chunks, SEGMENTED)
-    t = tl.arange(0, C)
     place, held = state_offsets(
         segment, head, heads, 0, start_v, K, V, BLOCK_K, BLOCK_V
     )
@@ -134,26 +133,16 @@ def scan_gradients(
             ending_key = operand(wide * key_out, PRECISION)
 
         # 2. Gradient of what each row writes, from the outputs and the state.
-        if DECAY == "channel":
-            base = (chunk.to(tl.int64) * heads + head) * C * C
-            weights = tl.load(attention + base + t[None, :] * C + t[:, None])
-        else:
-            weights = dot(k, tl.trans(q), PRECISION)
-            if DECAY == "head":
-                weights *= head_pairs(
-                    coarse, fine, row, count, head, heads, C, False, False, True
-                )
-            else:
-                weights = tl.where(lower(t, False, True), weights, 0.0)
-            if RESETS:
-                weights = tl.where(counts[:, None] == counts[None, :], weights, 0.0)
-        grad = dot_left(weights, out, PRECISION, SPLIT) * scale
+        square = square_offsets(chunk, head, heads, PARTS, C)
+        grad = dot_square(
+            attention, square, out.to(tl.float32), True, PARTS, False, PRECISION, C
+        )
+        grad = grad * scale
         grad += dot(ending_key, next_grad, PRECISION) * to_end[:, None]
         if DELTA:
-            base = (chunk.to(tl.int64) * heads + head) * C * C
-            solve = tl.load(inverse + base + t[None, :] * C + t[:, None])
-            solve = tl.where(lower(t, False, True), solve, 0.0)
-            grad = dot_left(solve, operand(grad, PRECISION), PRECISION, SPLIT)
+            grad = dot_square(
+                inverse, square, grad, True, PARTS, False, PRECISION, C
+            )
         store_rows(write_grads, values, filled, grad)
 
         # 3. Gradient of the state before the chunk.
@@ -166,7 +155,9 @@ def scan_gradients(
             if BETA:
                 grad *= load_column(beta, row, count, head, heads, C)[:, None]
             grad *= into_key[:, None]
-            state_grad -= dot_right(tl.trans(reading_key), grad, PRECISION, SPLIT)
+            state_grad -= dot_right(
+                tl.trans(reading_key), grad, PRECISION, PARTS == 2
+            )
 
     if INITIAL:
         tl.store(initial_grad + place, state_grad, mask=held)
@@ -224,11 +215,11 @@ def row_gradients(
     RESETS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradients of a chunk's rows: BLOCK_K channels of query and key, and the rest.
+    """Gradients of a chunk's rows, without decay or with one a head.
 
-    Those of `beta`, and of log decays of a head, go to float32 `[K blocks, rows, H]`,
-    to be summed. With one K block and BETA, X in `write_grads` becomes the gradient
-    of the values, beta X.
+    BLOCK_K channels of those of query and key, and the rest: those of `beta` and of
+    the log decays go to float32 `[K blocks, rows, H]`, to be summed. With one K block
+    and BETA, X in `write_grads` becomes the gradient of the values, beta X.
     """
     blocks: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     block = tl.program_id(0) % blocks
@@ -238,7 +229,6 @@ def row_gradients(
     row, count = chunk_rows(chunk, table, length, chunks, ROWS, RAGGED)
     t = tl.arange(0, C)
     keys, inside = tile_offsets(row, count, head, heads, start, K, BLOCK_K, C)
-    k = operand(load_rows(key, keys, inside), PRECISION)
 
     # 1. Decays, as in `scan_chunks`.
     if DECAY == "head":
@@ -260,216 +250,127 @@ def row_gradients(
     strength = tl.full((C,), 1.0, tl.float32)
     if BETA:
         strength = load_column(beta, row, count, head, heads, C)
-    reading_key = k
-    if DECAY == "channel":
-        query_in, key_in, key_out, channels = channel_decays(
-            coarse, fine, row, count, head, heads, start, C, K, BLOCK_K, EXCLUSIVE
-        )
-        reading_key = operand(k.to(tl.float32) * key_in, PRECISION)
 
-    # 2. Through the state before the chunk, and the solve.
+    # 2. Through the states before and behind the chunk.
     dq = tl.zeros((C, BLOCK_K), tl.float32)
     dk = tl.zeros((C, BLOCK_K), tl.float32)
-    d_beta = tl.zeros((C,), tl.float32)
-    reading = tl.zeros((C,), tl.float32)
+    pairs = tl.zeros((C, C), tl.float32)
+    pairs_t = tl.zeros((C, C), tl.float32)
     held = tl.zeros((BLOCK_K,), tl.float32)
-    erase = tl.zeros((C, C), tl.float32)
-    erase_t = tl.zeros((C, C), tl.float32)
     for start_v in range(0, V, BLOCK_V):
         values, filled = tile_offsets(row, count, head, heads, start_v, V, BLOCK_V, C)
         kept, kept_mask = state_offsets(
             chunk, head, heads, start, start_v, K, V, BLOCK_K, BLOCK_V
         )
         state = operand(load_rows(states, kept, kept_mask), PRECISION)
-        out = operand(load_rows(output_grad, values, filled), PRECISION)
-        dq += dot(out, tl.trans(state), PRECISION)
-        solved = load_rows(write_grads, values, filled)
-        x = solved.to(tl.float32)
-        if DECAY != "none":
-            next_grad = load_rows(state_grads, kept, kept_mask).to(tl.float32)
-            held += tl.sum(state.to(tl.float32) * next_grad, axis=1)
-        if BETA:
-            once = filled & (t < tl.where(block == 0, C, 0))[:, None]
-            own = load_rows(value, values, once).to(tl.float32)
-            d_beta += tl.sum(x * own, axis=1)
-        if DELTA:
-            read = dot(reading_key, state, PRECISION) * into_key[:, None]
-            d_beta -= tl.sum(x * read, axis=1)
-            wrote = operand(load_rows(writes, values, filled), PRECISION)
-            solved = operand(solved, PRECISION)
-            erase -= dot(solved, tl.trans(wrote), PRECISION)
-            erase_t -= dot(wrote, tl.trans(solved), PRECISION)
-            reading -= tl.sum(x * read, axis=1) * strength
-            weighted = operand(x * (strength * into_key)[:, None], PRECISION)
-            dk -= dot(weighted, tl.trans(state), PRECISION)
-        if BETA and blocks == 1:
-            tl.debug_barrier()
-            store_rows(write_grads, values, filled, x * strength[:, None])
-
-    # 3. Through the state behind the chunk, and the pairs of rows.
-    ending = tl.zeros((C, BLOCK_K), tl.float32)
-    pairs = tl.zeros((C, C), tl.float32)
-    pairs_t = tl.zeros((C, C), tl.float32)
-    for start_v in range(0, V, BLOCK_V):
-        values, filled = tile_offsets(row, count, head, heads, start_v, V, BLOCK_V, C)
-        kept, kept_mask = state_offsets(
-            chunk, head, heads, start, start_v, K, V, BLOCK_K, BLOCK_V
-        )
         next_grad = operand(load_rows(state_grads, kept, kept_mask), PRECISION)
         out = operand(load_rows(output_grad, values, filled), PRECISION)
         wrote = operand(load_rows(writes, values, filled), PRECISION)
-        ending += dot(wrote, tl.trans(next_grad), PRECISION)
+        if DECAY == "head":
+            held += tl.sum(state.to(tl.float32) * next_grad.to(tl.float32), axis=1)
+        dq += dot(out, tl.trans(state), PRECISION)
+        dk += dot(wrote, tl.trans(next_grad), PRECISION)
         pairs += dot(out, tl.trans(wrote), PRECISION)
         pairs_t += dot(wrote, tl.trans(out), PRECISION)
+    q = operand(load_rows(query, keys, inside), PRECISION)
+    k = operand(load_rows(key, keys, inside), PRECISION)
+    dq *= (into_query * scale)[:, None]
+    dk *= to_end[:, None]
+    if DECAY == "head":
+        # Each log decay has what lies before its row, or behind it.
+        reads = tl.sum(q.to(tl.float32) * dq, axis=1)
+        ends = tl.sum(k.to(tl.float32) * dk, axis=1)
+        dg = tl.zeros((C,), tl.float32) + tl.sum(held, axis=0) * whole
+        dg += tl.sum(tl.where(t[:, None] >= t[None, :], reads[:, None], 0.0), 0)
+        dg += tl.sum(tl.where(t[:, None] < t[None, :], ends[:, None], 0.0), 0)
+
+    # 3. Through the query-key products.
     pairs = tl.where(same, pairs, 0.0) * scale
     pairs_t = tl.where(same, pairs_t, 0.0) * scale
-    erase = tl.where(same, erase, 0.0)
-    erase_t = tl.where(same, erase_t, 0.0)
-
-    q = operand(load_rows(query, keys, inside), PRECISION)
-    wide_q, wide_k = q.to(tl.float32), k.to(tl.float32)
-    dq *= (into_query * scale)[:, None]
-    ending *= to_end[:, None]
-    if DECAY == "channel":
-        # 4. Of log decays, one a key channel: what crosses the chunk's borders, then
-        # the pairs of each level.
-        dq *= query_in
-        dk *= key_in
-        ending *= key_out
-        since = operand(tl.where(t[None, :] >= t[:, None], 1.0, 0.0), PRECISION)
-        after = operand(tl.where(t[None, :] > t[:, None], 1.0, 0.0), PRECISION)
-        until = operand(tl.where(t[None, :] < t[:, None], 1.0, 0.0), PRECISION)
-        dg = tl.zeros((C, BLOCK_K), tl.float32) + (held * channels * whole)[None, :]
-        dg += dot_right(until, wide_k * ending, PRECISION, False)
-        if EXCLUSIVE:
-            dg += dot_right(since, wide_q * dq, PRECISION, False)
-            dg += dot_right(after, wide_k * dk, PRECISION, False)
-        else:
-            dg += dot_right(since, wide_q * dq + wide_k * dk, PRECISION, False)
-        dk += ending
-        diagonal = tl.sum(tl.where(t[:, None] == t[None, :], pairs, 0.0), axis=1)
-        dq += diagonal[:, None] * wide_k
-        dk += diagonal[:, None] * wide_q
-        half = 1
-        while half < C:
-            decay = level_decays(
-                coarse, fine, row, count, head, heads, start, half, C, K, BLOCK_K, 0
-            )
-            keep = level_mask(half, C, False)
-            keep_t = level_mask(half, C, True)
-            columns = operand(wide_k * decay, PRECISION)
-            of_query = operand(tl.where(keep, pairs, 0.0), PRECISION)
-            left = dot(of_query, columns, PRECISION) * decay
-            of_query = operand(tl.where(keep_t, pairs_t, 0.0), PRECISION)
-            right = dot(of_query, operand(wide_q * decay, PRECISION), PRECISION)
-            dq += left
-            crossed = wide_q * left
-            aligned = (t[:, None] & ~(half - 1)) == (t[None, :] & ~(half - 1))
-            second = (t[:, None] & half) != 0
-            if DELTA:
-                key_decay = decay
-                if EXCLUSIVE:
-                    key_decay = level_decays(
-                        coarse,
-                        fine,
-                        row,
-                        count,
-                        head,
-                        heads,
-                        start,
-                        half,
-                        C,
-                        K,
-                        BLOCK_K,
-                        1,
-                    )
-                of_key = operand(tl.where(keep, erase, 0.0), PRECISION)
-                left = dot(of_key, columns, PRECISION) * key_decay
-                d_beta += tl.sum(wide_k * left, axis=1)
-                left *= strength[:, None]
-                dk += left
-                of_key = tl.where(keep_t, erase_t * strength[None, :], 0.0)
-                shifted = operand(wide_k * key_decay, PRECISION)
-                right += dot(operand(of_key, PRECISION), shifted, PRECISION)
-                if EXCLUSIVE:
-                    mask = aligned & second & (t[None, :] > t[:, None])
-                    mask = operand(tl.where(mask, 1.0, 0.0), PRECISION)
-                    dg += dot_right(mask, wide_k * left, PRECISION, False)
-                else:
-                    crossed += wide_k * left
-            right *= decay
-            dk += right
-            # Rows of a second half hold what lies behind them, those of a first half
-            # what lies before them.
-            held_by = tl.where(
-                second, t[None, :] >= t[:, None], t[None, :] < t[:, None]
-            )
-            mask = operand(tl.where(aligned & held_by, 1.0, 0.0), PRECISION)
-            dg += dot_right(mask, crossed + wide_k * right, PRECISION, False)
-            half *= 2
-        counts_for = load_rows(log_decay, keys, inside).to(tl.float32)
-        dg = tl.where(counts_for >= LOWEST_LOG_DECAY, dg, 0.0)
-        store_rows(log_decay_grad, keys, inside, dg)
+    moved = tl.zeros((C,), tl.float32)
+    if DECAY == "head":
+        pairs *= head_pairs(
+            coarse, fine, row, count, head, heads, C, False, False, False
+        )
+        pairs_t *= head_pairs(
+            coarse, fine, row, count, head, heads, C, False, False, True
+        )
     else:
-        # 4. Of log decays, one a head: likewise.
-        reads = tl.sum(wide_q * dq, axis=1)
-        ends = tl.sum(wide_k * ending, axis=1)
-        dk += ending
-        moved = tl.zeros((C,), tl.float32)
-        if DECAY == "head":
-            decay = head_pairs(
-                coarse, fine, row, count, head, heads, C, False, False, False
+        pairs = tl.where(lower(t, False, False), pairs, 0.0)
+        pairs_t = tl.where(lower(t, False, True), pairs_t, 0.0)
+    dq += dot(operand(pairs, PRECISION), k, PRECISION)
+    dk += dot(operand(pairs_t, PRECISION), q, PRECISION)
+    store_rows(query_grad, keys, inside, dq)
+    if DECAY == "head":
+        pairs *= dot(q, tl.trans(k), PRECISION)
+        moved += _pairs_log_decay(pairs, C, False)
+
+    # 4. Through the solve.
+    d_beta = tl.zeros((C,), tl.float32)
+    reading = tl.zeros((C,), tl.float32)
+    erase = tl.zeros((C, C), tl.float32)
+    erase_t = tl.zeros((C, C), tl.float32)
+    if DELTA or BETA:
+        for start_v in range(0, V, BLOCK_V):
+            values, filled = tile_offsets(
+                row, count, head, heads, start_v, V, BLOCK_V, C
             )
-            decay_t = head_pairs(
-                coarse, fine, row, count, head, heads, C, False, False, True
+            solved = load_rows(write_grads, values, filled)
+            x = solved.to(tl.float32)
+            if BETA:
+                once = filled & (t < tl.where(block == 0, C, 0))[:, None]
+                own = load_rows(value, values, once).to(tl.float32)
+                d_beta += tl.sum(x * own, axis=1)
+            if DELTA:
+                kept, kept_mask = state_offsets(
+                    chunk, head, heads, start, start_v, K, V, BLOCK_K, BLOCK_V
+                )
+                state = operand(load_rows(states, kept, kept_mask), PRECISION)
+                wrote = operand(load_rows(writes, values, filled), PRECISION)
+                solved = operand(solved, PRECISION)
+                erase -= dot(solved, tl.trans(wrote), PRECISION)
+                erase_t -= dot(wrote, tl.trans(solved), PRECISION)
+                reading -= tl.sum(x * dot(k, state, PRECISION), axis=1)
+                weighted = operand(x * (strength * into_key)[:, None], PRECISION)
+                dk -= dot(weighted, tl.trans(state), PRECISION)
+            if BETA and blocks == 1:
+                tl.debug_barrier()
+                store_rows(write_grads, values, filled, x * strength[:, None])
+    if DELTA:
+        reading *= into_key
+        d_beta += reading
+        erase = tl.where(same, erase, 0.0)
+        erase_t = tl.where(same, erase_t, 0.0) * strength[None, :]
+        if DECAY == "head":
+            erase *= head_pairs(
+                coarse, fine, row, count, head, heads, C, EXCLUSIVE, True, False
+            )
+            erase_t *= head_pairs(
+                coarse, fine, row, count, head, heads, C, EXCLUSIVE, True, True
             )
         else:
-            decay = tl.where(lower(t, False, False), 1.0, 0.0)
-            decay_t = tl.where(lower(t, False, True), 1.0, 0.0)
-        pairs *= decay
-        dq += dot(operand(pairs, PRECISION), k, PRECISION)
-        dk += dot(operand(pairs_t * decay_t, PRECISION), q, PRECISION)
+            erase = tl.where(lower(t, True, False), erase, 0.0)
+            erase_t = tl.where(lower(t, True, True), erase_t, 0.0)
+        # One lies below the diagonal, the other above it.
+        both = operand(erase * strength[:, None] + erase_t, PRECISION)
+        dk += dot(both, k, PRECISION)
+        if BETA or DECAY == "head":
+            erase *= dot(k, tl.trans(k), PRECISION)
+            d_beta += tl.sum(erase, axis=1)
         if DECAY == "head":
-            pairs *= dot(q, tl.trans(k), PRECISION)
-            moved += _pairs_log_decay(pairs, C, False)
-        if DELTA:
-            if DECAY == "head":
-                decay = head_pairs(
-                    coarse, fine, row, count, head, heads, C, EXCLUSIVE, True, False
-                )
-                decay_t = head_pairs(
-                    coarse, fine, row, count, head, heads, C, EXCLUSIVE, True, True
-                )
-            else:
-                decay = tl.where(lower(t, True, False), 1.0, 0.0)
-                decay_t = tl.where(lower(t, True, True), 1.0, 0.0)
-            erase *= decay
-            erase_t *= decay_t * strength[None, :]
-            weighted = erase * strength[:, None]
-            both = operand(weighted + erase_t, PRECISION)
-            dk += dot(both, k, PRECISION)
-            if BETA or DECAY == "head":
-                products = dot(k, tl.trans(k), PRECISION)
-                d_beta += tl.sum(erase * products, axis=1)
-                if DECAY == "head":
-                    moved += _pairs_log_decay(weighted * products, C, EXCLUSIVE)
-        if DECAY == "head":
-            dg = tl.sum(held, axis=0) * whole
-            dg += tl.sum(tl.where(t[:, None] >= t[None, :], reads[:, None], 0.0), 0)
-            dg += tl.sum(tl.where(t[:, None] < t[None, :], ends[:, None], 0.0), 0)
             later = t[:, None] >= t[None, :]
             if EXCLUSIVE:
                 later = t[:, None] > t[None, :]
+            reading *= strength
             dg += tl.sum(tl.where(later, reading[:, None], 0.0), 0)
-            down = t[:, None] + 1 == t[None, :]
-            dg += tl.sum(tl.where(down, moved[:, None], 0.0), 0)
-            counts_for = load_column(log_decay, row, count, head, heads, C)
-            dg = tl.where(counts_for >= LOWEST_LOG_DECAY, dg, 0.0)
-            target = (block.to(tl.int64) * rows + row + t) * heads + head
-            tl.store(log_decay_grad + target, dg, mask=t < count)
-
-    store_rows(query_grad, keys, inside, dq)
+            moved += _pairs_log_decay(erase * strength[:, None], C, EXCLUSIVE)
     store_rows(key_grad, keys, inside, dk)
+    target = (block.to(tl.int64) * rows + row + t) * heads + head
     if BETA:
-        target = (block.to(tl.int64) * rows + row + t) * heads + head
         tl.store(beta_grad + target, d_beta, mask=t < count)
+    if DECAY == "head":
+        down = t[:, None] + 1 == t[None, :]
+        dg += tl.sum(tl.where(down, moved[:, None], 0.0), 0)
+        counts_for = load_column(log_decay, row, count, head, heads, C)
+        dg = tl.where(counts_for >= LOWEST_LOG_DECAY, dg, 0.0)
+        tl.store(log_decay_grad + target, dg, mask=t < count)

@@ -115,11 +115,11 @@ def state_offsets(
 
 
 @triton.jit
-def square_offsets(chunk, head, heads, C: tl.constexpr):
-    """Offsets `[C, C]` of a tensor `[chunks, H, C, C]`."""
+def square_offsets(chunk, head, heads, PARTS: tl.constexpr, C: tl.constexpr):
+    """Offsets `[C, C]` of the first part of a tensor `[chunks, H, PARTS, C, C]`."""
     t = tl.arange(0, C)
-    base = (chunk.to(tl.int64) * heads + head) * C
-    return (base + t)[:, None] * C + t[None, :]
+    base = (chunk.to(tl.int64) * heads + head) * (PARTS * C * C)
+    return base + t[:, None] * C + t[None, :]
 
 
 # Products.
@@ -158,13 +158,15 @@ def remainder(x, rounded, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def dot_left(x, b, PRECISION: tl.constexpr, SPLIT: tl.constexpr):
-    """Product of a float32 tile and an operand."""
-    rounded = operand(x, PRECISION)
-    product = dot(rounded, b, PRECISION)
-    if SPLIT:
-        product += dot(remainder(x, rounded, PRECISION), b, PRECISION)
-    return product
+def store_parts(x, offsets, tile, PARTS: tl.constexpr, SIZE: tl.constexpr):
+    """Stores a float32 tile in PARTS operands, SIZE elements apart."""
+    if PARTS == 2:
+        rounded = operand(tile, "bf16")
+        tl.store(x + offsets, rounded.to(x.dtype.element_ty))
+        rest = remainder(tile, rounded, "bf16")
+        tl.store(x + offsets + SIZE, rest.to(x.dtype.element_ty))
+    else:
+        store_rows(x, offsets, None, tile)
 
 
 @triton.jit
@@ -178,13 +180,32 @@ def dot_right(a, x, PRECISION: tl.constexpr, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def dot_both(x, y, PRECISION: tl.constexpr, SPLIT: tl.constexpr):
-    """Product of two float32 tiles."""
-    left, right = operand(x, PRECISION), operand(y, PRECISION)
-    product = dot(left, right, PRECISION)
+def dot_square(
+    x,
+    offsets,
+    b,
+    TRANSPOSED: tl.constexpr,
+    PARTS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    C: tl.constexpr,
+):
+    """Product of a square stored in PARTS operands, or of its transpose, and `b`.
+
+    The float32 tile `b` goes in two parts with SPLIT.
+    """
+    square = operand(tl.load(x + offsets), PRECISION)
+    if TRANSPOSED:
+        square = tl.trans(square)
+    rounded = operand(b, PRECISION)
+    product = dot(square, rounded, PRECISION)
     if SPLIT:
-        product += dot(remainder(x, left, PRECISION), right, PRECISION)
-        product += dot(left, remainder(y, right, PRECISION), PRECISION)
+        product += dot(square, remainder(b, rounded, PRECISION), PRECISION)
+    if PARTS == 2:
+        square = operand(tl.load(x + offsets + C * C), PRECISION)
+        if TRANSPOSED:
+            square = tl.trans(square)
+        product += dot(square, rounded, PRECISION)
     return product
 
 

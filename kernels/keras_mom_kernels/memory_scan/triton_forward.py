@@ -22,9 +22,8 @@ from keras_mom_kernels.memory_scan.triton_common import (
     channel_decays,
     chunk_rows,
     dot,
-    dot_both,
-    dot_left,
     dot_right,
+    dot_square,
     head_decays,
     head_pairs,
     level_decays,
@@ -37,6 +36,7 @@ from keras_mom_kernels.memory_scan.triton_common import (
     segment_chunks,
     square_offsets,
     state_offsets,
+    store_parts,
     store_rows,
     tile_offsets,
 )
@@ -94,24 +94,26 @@ def pair_rows(
     BETA: tl.constexpr,
     RESETS: tl.constexpr,
     PRECISION: tl.constexpr,
+    PARTS: tl.constexpr,
+    ATTENTION: tl.constexpr,
 ):
     """Decayed products of a chunk's rows.
 
-    For the delta rule `A` goes to `pairs`, float32 `[chunks, H, C, C]`. With a decay
-    of channels the query-key products go to `attention`, of the same shape.
+    For the delta rule `A` goes to `pairs`, float32 `[chunks, H, C, C]`; with ATTENTION
+    the query-key products `P` go to `attention`, `[chunks, H, PARTS, C, C]`.
     """
     head = tl.program_id(0) % heads
     chunk = tl.program_id(0) // heads
     row, count = chunk_rows(chunk, table, length, chunks, ROWS, RAGGED)
     t = tl.arange(0, C)
-    target = square_offsets(chunk, head, heads, C)
+    target = square_offsets(chunk, head, heads, PARTS, C)
     same = tl.full((C, C), True, tl.int1)
     if RESETS:
         counts, _ = reset_counts(resets, row, count, C)
         same = counts[:, None] == counts[None, :]
     erase = tl.zeros((C, C), tl.float32)
+    read = tl.zeros((C, C), tl.float32)
     if DECAY == "channel":
-        read = tl.zeros((C, C), tl.float32)
         for start in range(0, K, BLOCK_K):
             offsets, mask = tile_offsets(row, count, head, heads, start, K, BLOCK_K, C)
             q = load_rows(query, offsets, mask).to(tl.float32)
@@ -146,23 +148,34 @@ def pair_rows(
                     product = dot(operand(k * decay, PRECISION), right, PRECISION)
                     erase += tl.where(keep, product, 0.0)
                 half *= 2
-        tl.store(attention + target, tl.where(same, read, 0.0))
     else:
         for start in range(0, K, BLOCK_K):
             offsets, mask = tile_offsets(row, count, head, heads, start, K, BLOCK_K, C)
             k = operand(load_rows(key, offsets, mask), PRECISION)
-            erase += dot(k, tl.trans(k), PRECISION)
+            if DELTA:
+                erase += dot(k, tl.trans(k), PRECISION)
+            if ATTENTION:
+                q = operand(load_rows(query, offsets, mask), PRECISION)
+                read += dot(q, tl.trans(k), PRECISION)
         if DECAY == "head":
-            erase *= head_pairs(
-                coarse, fine, row, count, head, heads, C, EXCLUSIVE, True, False
-            )
+            if ATTENTION:
+                read *= head_pairs(
+                    coarse, fine, row, count, head, heads, C, False, False, False
+                )
+            if DELTA:
+                erase *= head_pairs(
+                    coarse, fine, row, count, head, heads, C, EXCLUSIVE, True, False
+                )
         else:
+            read = tl.where(lower(t, False, False), read, 0.0)
             erase = tl.where(lower(t, True, False), erase, 0.0)
+    if ATTENTION:
+        store_parts(attention, target, tl.where(same, read, 0.0), PARTS, C * C)
     if DELTA:
         erase = tl.where(same, erase, 0.0)
         if BETA:
             erase *= load_column(beta, row, count, head, heads, C)[:, None]
-        tl.store(pairs + target, erase)
+        tl.store(pairs + square_offsets(chunk, head, heads, 1, C), erase)
 
 
 @triton.jit
@@ -173,14 +186,19 @@ def _block(pairs, base, i: tl.constexpr, j: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def _store_block(pairs, base, i: tl.constexpr, j: tl.constexpr, block, C: tl.constexpr):
+def _store_block(
+    x, base, i: tl.constexpr, j: tl.constexpr, block, PARTS: tl.constexpr, C: tl.constexpr
+):  # fmt: skip
     t = tl.arange(0, 16)
-    tl.store(pairs + base + (16 * i + t)[:, None] * C + 16 * j + t[None, :], block)
+    offsets = base * PARTS + (16 * i + t)[:, None] * C + 16 * j + t[None, :]
+    store_parts(x, offsets, block, PARTS, C * C)
 
 
 @triton.jit
-def solve_pairs(pairs, C: tl.constexpr, PRECISION: tl.constexpr):
-    """`(I + A)^-1` in place, `[chunks * H, C, C]`; what lies above the diagonal stays.
+def solve_pairs(
+    pairs, inverse, C: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr
+):
+    """`(I + A)^-1` of `pairs`, float32 `[chunks * H, C, C]`, in PARTS operands.
 
     Substitution row by row in the diagonal blocks of 16, then blocks are merged: a
     Neumann series loses every digit where keys are correlated.
@@ -192,48 +210,47 @@ def solve_pairs(pairs, C: tl.constexpr, PRECISION: tl.constexpr):
     diagonal = base + n[:, None, None] * (16 * C + 16)
     diagonal += t[None, :, None] * C + t[None, None, :]
     below = (t[:, None] > t[None, :])[None, :, :]
-    inverse = -tl.where(below, tl.load(pairs + diagonal), 0.0)
+    solved = -tl.where(below, tl.load(pairs + diagonal), 0.0)
     for i in range(2, 16):
         source = base + n[:, None] * (16 * C + 16) + i * C + t[None, :]
         line = tl.where((t < i)[None, :], -tl.load(pairs + source), 0.0)
-        line += tl.sum(line[:, :, None] * inverse, axis=1)
-        inverse = tl.where((t == i)[None, :, None], line[:, None, :], inverse)
-    inverse += tl.where(t[:, None] == t[None, :], 1.0, 0.0)[None, :, :]
+        line += tl.sum(line[:, :, None] * solved, axis=1)
+        solved = tl.where((t == i)[None, :, None], line[:, None, :], solved)
+    solved += tl.where(t[:, None] == t[None, :], 1.0, 0.0)[None, :, :]
 
     index = n[:, None, None]
-    x0 = tl.sum(tl.where(index == 0, inverse, 0.0), axis=0)
-    x1 = tl.sum(tl.where(index == 1, inverse, 0.0), axis=0)
-    x2 = tl.sum(tl.where(index == 2, inverse, 0.0), axis=0)
-    x3 = tl.sum(tl.where(index == 3, inverse, 0.0), axis=0)
-    a10, a21, a32 = (
-        _block(pairs, base, 1, 0, C),
-        _block(pairs, base, 2, 1, C),
-        _block(pairs, base, 3, 2, C),
-    )
-    a20, a31, a30 = (
-        _block(pairs, base, 2, 0, C),
-        _block(pairs, base, 3, 1, C),
-        _block(pairs, base, 3, 0, C),
-    )
-    x10 = -dot(x1, dot(a10, x0, PRECISION), PRECISION)
+    x0 = tl.sum(tl.where(index == 0, solved, 0.0), axis=0)
+    x1 = tl.sum(tl.where(index == 1, solved, 0.0), axis=0)
+    x2 = tl.sum(tl.where(index == 2, solved, 0.0), axis=0)
+    x3 = tl.sum(tl.where(index == 3, solved, 0.0), axis=0)
+    _store_block(inverse, base, 0, 0, x0, PARTS, C)
+    _store_block(inverse, base, 1, 1, x1, PARTS, C)
+    _store_block(inverse, base, 2, 2, x2, PARTS, C)
+    _store_block(inverse, base, 3, 3, x3, PARTS, C)
+    none = tl.zeros((16, 16), tl.float32)
+    _store_block(inverse, base, 0, 1, none, PARTS, C)
+    _store_block(inverse, base, 0, 2, none, PARTS, C)
+    _store_block(inverse, base, 0, 3, none, PARTS, C)
+    _store_block(inverse, base, 1, 2, none, PARTS, C)
+    _store_block(inverse, base, 1, 3, none, PARTS, C)
+    _store_block(inverse, base, 2, 3, none, PARTS, C)
+    x10 = -dot(x1, dot(_block(pairs, base, 1, 0, C), x0, PRECISION), PRECISION)
+    _store_block(inverse, base, 1, 0, x10, PARTS, C)
+    a21 = _block(pairs, base, 2, 1, C)
     x21 = -dot(x2, dot(a21, x1, PRECISION), PRECISION)
+    _store_block(inverse, base, 2, 1, x21, PARTS, C)
+    total = dot(_block(pairs, base, 2, 0, C), x0, PRECISION)
+    x20 = -dot(x2, total + dot(a21, x10, PRECISION), PRECISION)
+    _store_block(inverse, base, 2, 0, x20, PARTS, C)
+    a30, a31 = _block(pairs, base, 3, 0, C), _block(pairs, base, 3, 1, C)
+    a32 = _block(pairs, base, 3, 2, C)
+    total = dot(a30, x0, PRECISION) + dot(a31, x10, PRECISION)
+    x30 = -dot(x3, total + dot(a32, x20, PRECISION), PRECISION)
+    _store_block(inverse, base, 3, 0, x30, PARTS, C)
+    total = dot(a31, x1, PRECISION) + dot(a32, x21, PRECISION)
+    _store_block(inverse, base, 3, 1, -dot(x3, total, PRECISION), PARTS, C)
     x32 = -dot(x3, dot(a32, x2, PRECISION), PRECISION)
-    x20 = -dot(x2, dot(a20, x0, PRECISION) + dot(a21, x10, PRECISION), PRECISION)
-    x31 = -dot(x3, dot(a31, x1, PRECISION) + dot(a32, x21, PRECISION), PRECISION)
-    sum30 = dot(a30, x0, PRECISION) + dot(a31, x10, PRECISION)
-    x30 = -dot(x3, sum30 + dot(a32, x20, PRECISION), PRECISION)
-    # Every block is read before the first is overwritten.
-    tl.debug_barrier()
-    _store_block(pairs, base, 0, 0, x0, C)
-    _store_block(pairs, base, 1, 1, x1, C)
-    _store_block(pairs, base, 2, 2, x2, C)
-    _store_block(pairs, base, 3, 3, x3, C)
-    _store_block(pairs, base, 1, 0, x10, C)
-    _store_block(pairs, base, 2, 1, x21, C)
-    _store_block(pairs, base, 3, 2, x32, C)
-    _store_block(pairs, base, 2, 0, x20, C)
-    _store_block(pairs, base, 3, 1, x31, C)
-    _store_block(pairs, base, 3, 0, x30, C)
+    _store_block(inverse, base, 3, 2, x32, PARTS, C)
 
 
 @triton.jit
@@ -276,7 +293,7 @@ def scan_chunks(
     INITIAL: tl.constexpr,
     OUTPUT: tl.constexpr,
     PRECISION: tl.constexpr,
-    SPLIT: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     """Hands the state of a segment's head from chunk to chunk, BLOCK_V channels.
 
@@ -289,7 +306,6 @@ def scan_chunks(
     head = (tl.program_id(0) // blocks) % heads
     segment = tl.program_id(0) // (blocks * heads)
     begin, end = segment_chunks(segment, offsets, segments, chunks, SEGMENTED)
-    t = tl.arange(0, C)
     place, held = state_offsets(
         segment, head, heads, 0, start_v, K, V, BLOCK_K, BLOCK_V
     )
@@ -347,31 +363,20 @@ def scan_chunks(
         if BETA:
             write *= load_column(beta, row, count, head, heads, C)[:, None]
         if DELTA:
-            square = square_offsets(chunk, head, heads, C)
-            solve = tl.load(inverse + square)
-            solve = tl.where(lower(t, False, False), solve, 0.0)
-            write = dot_left(solve, operand(write, PRECISION), PRECISION, SPLIT)
+            square = square_offsets(chunk, head, heads, PARTS, C)
+            write = dot_square(
+                inverse, square, write, False, PARTS, False, PRECISION, C
+            )
         if not OUTPUT:
             store_rows(writes, values, filled, write)
 
         # 3. What each row reads.
         if OUTPUT:
             out = dot(reading_query, before, PRECISION) * into_query[:, None]
-            if DECAY == "channel":
-                weights = tl.load(attention + square_offsets(chunk, head, heads, C))
-            else:
-                weights = dot(q, tl.trans(k), PRECISION)
-                if DECAY == "head":
-                    weights *= head_pairs(
-                        coarse, fine, row, count, head, heads, C, False, False, False
-                    )
-                else:
-                    weights = tl.where(lower(t, False, False), weights, 0.0)
-                if RESETS:
-                    weights = tl.where(
-                        counts[:, None] == counts[None, :], weights, 0.0
-                    )
-            out += dot_both(weights, write, PRECISION, SPLIT)
+            square = square_offsets(chunk, head, heads, PARTS, C)
+            out += dot_square(
+                attention, square, write, False, PARTS, PARTS == 2, PRECISION, C
+            )
             store_rows(output, values, filled, out * scale)
 
         # 4. The state behind the chunk.
@@ -379,7 +384,7 @@ def scan_chunks(
         if DECAY == "channel":
             state *= channels[:, None]
         write *= to_end[:, None]
-        state += dot_right(tl.trans(ending_key), write, PRECISION, SPLIT)
+        state += dot_right(tl.trans(ending_key), write, PRECISION, PARTS == 2)
 
     if OUTPUT:
         tl.store(final + place, state, mask=held)
