@@ -20,7 +20,11 @@ from keras_mom_kernels.memory_scan.configurations import (
     configuration,
     power_of_two,
 )
-from keras_mom_kernels.memory_scan.triton_backward import row_gradients, scan_gradients
+from keras_mom_kernels.memory_scan.triton_backward import (
+    row_gradients,
+    scan_gradients,
+    sum_partials,
+)
 from keras_mom_kernels.memory_scan.triton_channel_backward import (
     channel_row_gradients,
 )
@@ -527,21 +531,27 @@ def _gradients(
     launch = call.config.gradients
     blocks = triton.cdiv(key_dim, launch.block_k)
     query_grad, key_grad = new(query), new(key)
-    partial = None if beta is None else new(beta, dtype=torch.float32)
-    beta_grad = _stacked(partial, blocks)
+    partials = call.empty(5, blocks, call.rows, call.heads)
     channel = call.constants["DECAY"] == "channel"
-    decay_grad = None
-    if log_decay is not None:
-        decay_grad = new(log_decay, dtype=torch.float32)
-        decay_grad = decay_grad if channel else _stacked(decay_grad, blocks)
+    decay_grad = None if log_decay is None else new(log_decay)
+    beta_grad = None if beta is None else new(beta)
+    squares = call.empty(
+        call.all_chunks * call.heads * blocks,
+        2,
+        CHUNK_SIZE,
+        CHUNK_SIZE,
+        dtype=call.narrow,
+    )
     if call.all_chunks:
-        kernel = channel_row_gradients if channel else row_gradients
+        kernel, extra = row_gradients, {}
+        if channel:
+            kernel = channel_row_gradients
+            extra = dict(log_decay=log_decay, log_decay_grad=decay_grad)
         kernel[(blocks * call.heads * call.all_chunks,)](
             query,
             key,
             value,
-            log_decay,
-            beta,
+            beta=beta,
             resets=call.tensors["resets"],
             states=states,
             state_grads=state_grads,
@@ -550,8 +560,8 @@ def _gradients(
             output_grad=output_grad,
             query_grad=query_grad,
             key_grad=key_grad,
-            log_decay_grad=decay_grad,
-            beta_grad=beta_grad,
+            partials=partials,
+            squares=squares,
             table=call.tensors["table"],
             **sums,
             **call.sizes,
@@ -561,30 +571,42 @@ def _gradients(
             V=value_dim,
             BLOCK_K=launch.block_k,
             BLOCK_V=launch.block_v,
+            **extra,
             **call.constants,
             num_warps=launch.warps,
             num_stages=launch.stages,
         )
+        _sum_partials(call, partials, log_decay, beta_grad, decay_grad, blocks)
     gradients = [query_grad, key_grad, value_grad]
     if log_decay is not None:
-        if not channel:
-            decay_grad = decay_grad.sum(0) if blocks > 1 else decay_grad[0]
-        gradients.append(decay_grad.to(log_decay.dtype))
+        gradients.append(decay_grad)
     if beta is not None:
         if blocks > 1:
             value_grad *= beta[..., None]
-        beta_grad = beta_grad.sum(0) if blocks > 1 else beta_grad[0]
-        gradients.append(beta_grad.to(beta.dtype))
+        gradients.append(beta_grad)
     if initial is not None:
         gradients.append(initial_grad)
     return gradients
 
 
-def _stacked(x, blocks):
-    """`[blocks, ...]`, of the values of `x`."""
-    if x is None:
-        return None
-    return x[None] if blocks == 1 else x[None].repeat(blocks, *[1] * x.ndim)
+def _sum_partials(call, partials, log_decay, beta_grad, decay_grad, blocks):
+    names = ("C", "ROWS", "RAGGED", "DECAY", "DELTA", "EXCLUSIVE", "BETA")
+    if not call.constants["BETA"] and call.constants["DECAY"] != "head":
+        return
+    block = min(32, power_of_two(call.heads))
+    sum_partials[(call.all_chunks, triton.cdiv(call.heads, block))](
+        partials,
+        log_decay,
+        beta_grad,
+        decay_grad,
+        call.tensors["table"],
+        **call.sizes,
+        rows=call.rows,
+        BLOCK=block,
+        BLOCKS=blocks,
+        **{name: call.constants[name] for name in names},
+        num_warps=4,
+    )
 
 
 def _present(tensors):

@@ -20,12 +20,11 @@ from keras_mom_kernels.memory_scan.triton_common import (
     channel_decays,
     chunk_rows,
     dot,
+    dot_onto,
     dot_right,
     dot_square,
     head_decays,
     head_pairs,
-    level_decays,
-    level_mask,
     load_column,
     load_rows,
     lower,
@@ -98,7 +97,6 @@ def scan_gradients(
         row, count = chunk_rows(chunk, table, length, chunks, ROWS, RAGGED)
         keys, inside = tile_offsets(row, count, head, heads, 0, K, BLOCK_K, C)
         values, filled = tile_offsets(row, count, head, heads, start_v, V, BLOCK_V, C)
-        q = operand(load_rows(query, keys, inside), PRECISION)
         k = operand(load_rows(key, keys, inside), PRECISION)
         out = operand(load_rows(output_grad, values, filled), PRECISION)
         next_grad = operand(state_grad, PRECISION)
@@ -122,41 +120,53 @@ def scan_gradients(
             into_key *= first
             to_end *= tl.where(counts == last, 1.0, 0.0)
             whole *= tl.where(last == 0, 1.0, 0.0)
-        reading_query, reading_key, ending_key = q, k, k
+        reading_key, ending_key = k, k
         if DECAY == "channel":
             query_in, key_in, key_out, channels = channel_decays(
                 coarse, fine, row, count, head, heads, 0, C, K, BLOCK_K, EXCLUSIVE
             )
             wide = k.to(tl.float32)
-            reading_query = operand(q.to(tl.float32) * query_in, PRECISION)
             reading_key = operand(wide * key_in, PRECISION)
             ending_key = operand(wide * key_out, PRECISION)
 
         # 2. Gradient of what each row writes, from the outputs and the state.
         square = square_offsets(chunk, head, heads, PARTS, C)
+        grad = tl.zeros((C, BLOCK_V), tl.float32)
         grad = dot_square(
-            attention, square, out.to(tl.float32), True, PARTS, False, PRECISION, C
+            grad,
+            attention,
+            square,
+            out.to(tl.float32),
+            True,
+            PARTS,
+            False,
+            PRECISION,
+            C,
         )
         grad = grad * scale
         grad += dot(ending_key, next_grad, PRECISION) * to_end[:, None]
         if DELTA:
+            none = tl.zeros((C, BLOCK_V), tl.float32)
             grad = dot_square(
-                inverse, square, grad, True, PARTS, False, PRECISION, C
+                none, inverse, square, grad, True, PARTS, False, PRECISION, C
             )
         store_rows(write_grads, values, filled, grad)
 
         # 3. Gradient of the state before the chunk.
+        q = operand(load_rows(query, keys, inside), PRECISION)
+        if DECAY == "channel":
+            q = operand(q.to(tl.float32) * query_in, PRECISION)
         state_grad *= whole
         if DECAY == "channel":
             state_grad *= channels[:, None]
         read = out.to(tl.float32) * (into_query * scale)[:, None]
-        state_grad += dot_right(tl.trans(reading_query), read, PRECISION, False)
+        state_grad = dot_right(state_grad, tl.trans(q), read, PRECISION, False)
         if DELTA:
             if BETA:
                 grad *= load_column(beta, row, count, head, heads, C)[:, None]
-            grad *= into_key[:, None]
-            state_grad -= dot_right(
-                tl.trans(reading_key), grad, PRECISION, PARTS == 2
+            grad *= -into_key[:, None]
+            state_grad = dot_right(
+                state_grad, tl.trans(reading_key), grad, PRECISION, PARTS == 2
             )
 
     if INITIAL:
@@ -164,16 +174,20 @@ def scan_gradients(
 
 
 @triton.jit
-def _pairs_log_decay(products, C: tl.constexpr, EXCLUSIVE: tl.constexpr):
-    """Gradient of each log decay from a chunk's pairs `[t, j]`, moved up by one row.
+def _pairs_log_decay(
+    products, C: tl.constexpr, EXCLUSIVE: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Gradient of each log decay from a chunk's pairs `[t, j]`.
 
     The pair (t, j) holds the log decays of j + 1 to t, to t - 1 with EXCLUSIVE.
     """
     t = tl.arange(0, C)
-    later = t[:, None] > t[None, :]
+    earlier = operand(tl.where(t[:, None] < t[None, :], 1.0, 0.0), PRECISION)
+    earlier = dot(operand(products, PRECISION), earlier, PRECISION)
+    later = t[:, None] >= t[None, :]
     if EXCLUSIVE:
-        later = t[:, None] > t[None, :] + 1
-    return tl.sum(tl.where(later, tl.cumsum(products, axis=1), 0.0), axis=0)
+        later = t[:, None] > t[None, :]
+    return tl.sum(tl.where(later, earlier, 0.0), axis=0)
 
 
 @triton.jit
@@ -181,7 +195,6 @@ def row_gradients(
     query,
     key,
     value,
-    log_decay,
     beta,
     coarse,
     fine,
@@ -193,8 +206,8 @@ def row_gradients(
     output_grad,
     query_grad,
     key_grad,
-    log_decay_grad,
-    beta_grad,
+    partials,
+    squares,
     table,
     length,
     chunks,
@@ -217,9 +230,9 @@ def row_gradients(
 ):
     """Gradients of a chunk's rows, without decay or with one a head.
 
-    BLOCK_K channels of those of query and key, and the rest: those of `beta` and of
-    the log decays go to float32 `[K blocks, rows, H]`, to be summed. With one K block
-    and BETA, X in `write_grads` becomes the gradient of the values, beta X.
+    BLOCK_K channels of those of query and key. What those of `beta` and of the log
+    decays are sums of goes to `partials`, float32 `[5, K blocks, rows, H]`. With one
+    K block and BETA, X in `write_grads` becomes the gradient of the values, beta X.
     """
     blocks: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     block = tl.program_id(0) % blocks
@@ -255,7 +268,6 @@ def row_gradients(
     dq = tl.zeros((C, BLOCK_K), tl.float32)
     dk = tl.zeros((C, BLOCK_K), tl.float32)
     pairs = tl.zeros((C, C), tl.float32)
-    pairs_t = tl.zeros((C, C), tl.float32)
     held = tl.zeros((BLOCK_K,), tl.float32)
     for start_v in range(0, V, BLOCK_V):
         values, filled = tile_offsets(row, count, head, heads, start_v, V, BLOCK_V, C)
@@ -268,48 +280,47 @@ def row_gradients(
         wrote = operand(load_rows(writes, values, filled), PRECISION)
         if DECAY == "head":
             held += tl.sum(state.to(tl.float32) * next_grad.to(tl.float32), axis=1)
-        dq += dot(out, tl.trans(state), PRECISION)
-        dk += dot(wrote, tl.trans(next_grad), PRECISION)
-        pairs += dot(out, tl.trans(wrote), PRECISION)
-        pairs_t += dot(wrote, tl.trans(out), PRECISION)
+        dq = dot_onto(dq, out, tl.trans(state), PRECISION)
+        dk = dot_onto(dk, wrote, tl.trans(next_grad), PRECISION)
+        pairs = dot_onto(pairs, out, tl.trans(wrote), PRECISION)
     q = operand(load_rows(query, keys, inside), PRECISION)
     k = operand(load_rows(key, keys, inside), PRECISION)
     dq *= (into_query * scale)[:, None]
     dk *= to_end[:, None]
     if DECAY == "head":
-        # Each log decay has what lies before its row, or behind it.
+        plane = rows.to(tl.int64) * heads * blocks
+        target = partials + (block.to(tl.int64) * rows + row) * heads + head
         reads = tl.sum(q.to(tl.float32) * dq, axis=1)
+        tl.store(target + plane + t * heads, reads, mask=t < count)
         ends = tl.sum(k.to(tl.float32) * dk, axis=1)
-        dg = tl.zeros((C,), tl.float32) + tl.sum(held, axis=0) * whole
-        dg += tl.sum(tl.where(t[:, None] >= t[None, :], reads[:, None], 0.0), 0)
-        dg += tl.sum(tl.where(t[:, None] < t[None, :], ends[:, None], 0.0), 0)
+        tl.store(target + 2 * plane + t * heads, ends, mask=t < count)
+        moved = tl.zeros((C,), tl.float32) + tl.sum(held, axis=0) * whole
 
-    # 3. Through the query-key products.
+    # 3. Through the query-key products. A square is stored and read again where it is
+    # needed transposed: Triton up to 3.7 miscompiles products of a transposed
+    # accumulator on Hopper.
+    square = square_offsets(chunk * heads + head, block, blocks, 2, C)
     pairs = tl.where(same, pairs, 0.0) * scale
-    pairs_t = tl.where(same, pairs_t, 0.0) * scale
-    moved = tl.zeros((C,), tl.float32)
     if DECAY == "head":
         pairs *= head_pairs(
             coarse, fine, row, count, head, heads, C, False, False, False
         )
-        pairs_t *= head_pairs(
-            coarse, fine, row, count, head, heads, C, False, False, True
-        )
     else:
         pairs = tl.where(lower(t, False, False), pairs, 0.0)
-        pairs_t = tl.where(lower(t, False, True), pairs_t, 0.0)
-    dq += dot(operand(pairs, PRECISION), k, PRECISION)
-    dk += dot(operand(pairs_t, PRECISION), q, PRECISION)
+    store_rows(squares, square, None, pairs)
+    tl.debug_barrier()
+    dq = dot_onto(dq, operand(pairs, PRECISION), k, PRECISION)
     store_rows(query_grad, keys, inside, dq)
     if DECAY == "head":
         pairs *= dot(q, tl.trans(k), PRECISION)
-        moved += _pairs_log_decay(pairs, C, False)
+        moved += _pairs_log_decay(pairs, C, False, PRECISION)
+    pairs_t = tl.trans(operand(tl.load(squares + square), PRECISION))
+    dk = dot_onto(dk, pairs_t, q, PRECISION)
 
     # 4. Through the solve.
     d_beta = tl.zeros((C,), tl.float32)
     reading = tl.zeros((C,), tl.float32)
     erase = tl.zeros((C, C), tl.float32)
-    erase_t = tl.zeros((C, C), tl.float32)
     if DELTA or BETA:
         for start_v in range(0, V, BLOCK_V):
             values, filled = tile_offsets(
@@ -328,49 +339,101 @@ def row_gradients(
                 state = operand(load_rows(states, kept, kept_mask), PRECISION)
                 wrote = operand(load_rows(writes, values, filled), PRECISION)
                 solved = operand(solved, PRECISION)
-                erase -= dot(solved, tl.trans(wrote), PRECISION)
-                erase_t -= dot(wrote, tl.trans(solved), PRECISION)
+                erase = dot_onto(erase, solved, tl.trans(wrote), PRECISION)
                 reading -= tl.sum(x * dot(k, state, PRECISION), axis=1)
-                weighted = operand(x * (strength * into_key)[:, None], PRECISION)
-                dk -= dot(weighted, tl.trans(state), PRECISION)
+                weighted = operand(x * (strength * -into_key)[:, None], PRECISION)
+                dk = dot_onto(dk, weighted, tl.trans(state), PRECISION)
             if BETA and blocks == 1:
                 tl.debug_barrier()
                 store_rows(write_grads, values, filled, x * strength[:, None])
     if DELTA:
         reading *= into_key
         d_beta += reading
-        erase = tl.where(same, erase, 0.0)
-        erase_t = tl.where(same, erase_t, 0.0) * strength[None, :]
+        erase = tl.where(same, -erase, 0.0)
         if DECAY == "head":
             erase *= head_pairs(
                 coarse, fine, row, count, head, heads, C, EXCLUSIVE, True, False
             )
-            erase_t *= head_pairs(
-                coarse, fine, row, count, head, heads, C, EXCLUSIVE, True, True
-            )
         else:
             erase = tl.where(lower(t, True, False), erase, 0.0)
-            erase_t = tl.where(lower(t, True, True), erase_t, 0.0)
-        # One lies below the diagonal, the other above it.
-        both = operand(erase * strength[:, None] + erase_t, PRECISION)
-        dk += dot(both, k, PRECISION)
+        weighted = erase * strength[:, None]
+        store_rows(squares, square + C * C, None, weighted)
+        tl.debug_barrier()
+        dk = dot_onto(dk, operand(weighted, PRECISION), k, PRECISION)
+        erase_t = tl.trans(operand(tl.load(squares + square + C * C), PRECISION))
+        dk = dot_onto(dk, erase_t, k, PRECISION)
         if BETA or DECAY == "head":
             erase *= dot(k, tl.trans(k), PRECISION)
             d_beta += tl.sum(erase, axis=1)
         if DECAY == "head":
-            later = t[:, None] >= t[None, :]
-            if EXCLUSIVE:
-                later = t[:, None] > t[None, :]
             reading *= strength
-            dg += tl.sum(tl.where(later, reading[:, None], 0.0), 0)
-            moved += _pairs_log_decay(erase * strength[:, None], C, EXCLUSIVE)
+            tl.store(target + 3 * plane + t * heads, reading, mask=t < count)
+            moved += _pairs_log_decay(
+                erase * strength[:, None], C, EXCLUSIVE, PRECISION
+            )
     store_rows(key_grad, keys, inside, dk)
-    target = (block.to(tl.int64) * rows + row + t) * heads + head
     if BETA:
-        tl.store(beta_grad + target, d_beta, mask=t < count)
+        target = partials + (block.to(tl.int64) * rows + row) * heads + head
+        tl.store(target + t * heads, d_beta, mask=t < count)
     if DECAY == "head":
-        down = t[:, None] + 1 == t[None, :]
-        dg += tl.sum(tl.where(down, moved[:, None], 0.0), 0)
-        counts_for = load_column(log_decay, row, count, head, heads, C)
-        dg = tl.where(counts_for >= LOWEST_LOG_DECAY, dg, 0.0)
-        tl.store(log_decay_grad + target, dg, mask=t < count)
+        tl.store(target + 4 * plane + t * heads, moved, mask=t < count)
+
+
+@triton.jit
+def _partial(partials, plane, rows, heads, offsets, mask, BLOCKS: tl.constexpr):
+    """A plane of `partials`, summed over K blocks."""
+    size = rows.to(tl.int64) * heads
+    total = tl.load(partials + plane * BLOCKS * size + offsets, mask=mask, other=0.0)
+    for block in tl.static_range(1, BLOCKS):
+        source = partials + (plane * BLOCKS + block) * size
+        total += tl.load(source + offsets, mask=mask, other=0.0)
+    return total
+
+
+@triton.jit
+def sum_partials(
+    partials,
+    log_decay,
+    beta_grad,
+    log_decay_grad,
+    table,
+    length,
+    chunks,
+    heads,
+    rows,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    RAGGED: tl.constexpr,
+    DECAY: tl.constexpr,
+    DELTA: tl.constexpr,
+    EXCLUSIVE: tl.constexpr,
+    BETA: tl.constexpr,
+):
+    """Gradients of `beta` and of one log decay a head, `[rows, H]`."""
+    row, count = chunk_rows(tl.program_id(0), table, length, chunks, ROWS, RAGGED)
+    t = tl.arange(0, C)
+    head = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    offsets = row * heads + (t[:, None] * heads + head[None, :])
+    mask = (t < count)[:, None] & (head < heads)[None, :]
+    if BETA:
+        total = _partial(partials, 0, rows, heads, offsets, mask, BLOCKS)
+        store_rows(beta_grad, offsets, mask, total)
+    if DECAY == "head":
+        # A log decay decays what is read at its row and behind it, and what is
+        # written before it.
+        later = _partial(partials, 1, rows, heads, offsets, mask, BLOCKS)
+        before = mask & (t > 0)[:, None]
+        ends = _partial(partials, 2, rows, heads, offsets - heads, before, BLOCKS)
+        total = tl.cumsum(ends, axis=0)
+        if DELTA:
+            reading, present = offsets, mask
+            if EXCLUSIVE:
+                reading, present = offsets + heads, mask & (t + 1 < count)[:, None]
+            later += _partial(partials, 3, rows, heads, reading, present, BLOCKS)
+        total += tl.cumsum(later, axis=0, reverse=True)
+        total += _partial(partials, 4, rows, heads, offsets, mask, BLOCKS)
+        step = tl.load(log_decay + offsets, mask=mask, other=0.0).to(tl.float32)
+        total = tl.where(step >= LOWEST_LOG_DECAY, total, 0.0)
+        store_rows(log_decay_grad, offsets, mask, total)

@@ -13,6 +13,7 @@ from keras_mom_kernels.memory_scan.triton_common import (
     channel_decays,
     chunk_rows,
     dot,
+    dot_onto,
     dot_right,
     level_decays,
     level_mask,
@@ -44,7 +45,8 @@ def channel_row_gradients(
     query_grad,
     key_grad,
     log_decay_grad,
-    beta_grad,
+    partials,
+    squares,
     table,
     length,
     chunks,
@@ -67,8 +69,8 @@ def channel_row_gradients(
 ):
     """Gradients of a chunk's rows: BLOCK_K channels of query, key and log decay.
 
-    Those of `beta` go to float32 `[K blocks, rows, H]`, to be summed. With one K block
-    and BETA, X in `write_grads` becomes the gradient of the values, beta X.
+    Those of `beta` go to `partials`, float32 `[5, K blocks, rows, H]`, to be summed. With
+    one K block and BETA, X in `write_grads` becomes the gradient of the values, beta X.
     """
     blocks: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     block = tl.program_id(0) % blocks
@@ -114,7 +116,7 @@ def channel_row_gradients(
         )
         state = operand(load_rows(states, kept, kept_mask), PRECISION)
         out = operand(load_rows(output_grad, values, filled), PRECISION)
-        dq += dot(out, tl.trans(state), PRECISION)
+        dq = dot_onto(dq, out, tl.trans(state), PRECISION)
         solved = load_rows(write_grads, values, filled)
         x = solved.to(tl.float32)
         next_grad = load_rows(state_grads, kept, kept_mask).to(tl.float32)
@@ -128,10 +130,10 @@ def channel_row_gradients(
             d_beta -= tl.sum(x * read, axis=1)
             wrote = operand(load_rows(writes, values, filled), PRECISION)
             solved = operand(solved, PRECISION)
-            erase -= dot(solved, tl.trans(wrote), PRECISION)
-            erase_t -= dot(wrote, tl.trans(solved), PRECISION)
-            weighted = operand(x * (strength * into_key)[:, None], PRECISION)
-            dk -= dot(weighted, tl.trans(state), PRECISION)
+            erase = dot_onto(erase, solved, tl.trans(wrote), PRECISION)
+            erase_t = dot_onto(erase_t, wrote, tl.trans(solved), PRECISION)
+            weighted = operand(x * (strength * -into_key)[:, None], PRECISION)
+            dk = dot_onto(dk, weighted, tl.trans(state), PRECISION)
         if BETA and blocks == 1:
             tl.debug_barrier()
             store_rows(write_grads, values, filled, x * strength[:, None])
@@ -148,13 +150,13 @@ def channel_row_gradients(
         next_grad = operand(load_rows(state_grads, kept, kept_mask), PRECISION)
         out = operand(load_rows(output_grad, values, filled), PRECISION)
         wrote = operand(load_rows(writes, values, filled), PRECISION)
-        ending += dot(wrote, tl.trans(next_grad), PRECISION)
-        pairs += dot(out, tl.trans(wrote), PRECISION)
-        pairs_t += dot(wrote, tl.trans(out), PRECISION)
+        ending = dot_onto(ending, wrote, tl.trans(next_grad), PRECISION)
+        pairs = dot_onto(pairs, out, tl.trans(wrote), PRECISION)
+        pairs_t = dot_onto(pairs_t, wrote, tl.trans(out), PRECISION)
     pairs = tl.where(same, pairs, 0.0) * scale
     pairs_t = tl.where(same, pairs_t, 0.0) * scale
-    erase = tl.where(same, erase, 0.0)
-    erase_t = tl.where(same, erase_t, 0.0)
+    erase = tl.where(same, -erase, 0.0)
+    erase_t = tl.where(same, -erase_t, 0.0)
 
     q = operand(load_rows(query, keys, inside), PRECISION)
     wide_q, wide_k = q.to(tl.float32), k.to(tl.float32)
@@ -169,12 +171,12 @@ def channel_row_gradients(
     after = operand(tl.where(t[None, :] > t[:, None], 1.0, 0.0), PRECISION)
     until = operand(tl.where(t[None, :] < t[:, None], 1.0, 0.0), PRECISION)
     dg = tl.zeros((C, BLOCK_K), tl.float32) + (held * channels * whole)[None, :]
-    dg += dot_right(until, wide_k * ending, PRECISION, False)
+    dg = dot_right(dg, until, wide_k * ending, PRECISION, False)
     if EXCLUSIVE:
-        dg += dot_right(since, wide_q * dq, PRECISION, False)
-        dg += dot_right(after, wide_k * dk, PRECISION, False)
+        dg = dot_right(dg, since, wide_q * dq, PRECISION, False)
+        dg = dot_right(dg, after, wide_k * dk, PRECISION, False)
     else:
-        dg += dot_right(since, wide_q * dq + wide_k * dk, PRECISION, False)
+        dg = dot_right(dg, since, wide_q * dq + wide_k * dk, PRECISION, False)
     dk += ending
     diagonal = tl.sum(tl.where(t[:, None] == t[None, :], pairs, 0.0), axis=1)
     dq += diagonal[:, None] * wide_k
@@ -223,18 +225,16 @@ def channel_row_gradients(
             if EXCLUSIVE:
                 mask = aligned & second & (t[None, :] > t[:, None])
                 mask = operand(tl.where(mask, 1.0, 0.0), PRECISION)
-                dg += dot_right(mask, wide_k * left, PRECISION, False)
+                dg = dot_right(dg, mask, wide_k * left, PRECISION, False)
             else:
                 crossed += wide_k * left
         right *= decay
         dk += right
         # Rows of a second half hold what lies behind them, those of a first half
         # what lies before them.
-        held_by = tl.where(
-            second, t[None, :] >= t[:, None], t[None, :] < t[:, None]
-        )
+        held_by = tl.where(second, t[None, :] >= t[:, None], t[None, :] < t[:, None])
         mask = operand(tl.where(aligned & held_by, 1.0, 0.0), PRECISION)
-        dg += dot_right(mask, crossed + wide_k * right, PRECISION, False)
+        dg = dot_right(dg, mask, crossed + wide_k * right, PRECISION, False)
         half *= 2
     counts_for = load_rows(log_decay, keys, inside).to(tl.float32)
     dg = tl.where(counts_for >= LOWEST_LOG_DECAY, dg, 0.0)
@@ -242,5 +242,5 @@ def channel_row_gradients(
     store_rows(query_grad, keys, inside, dq)
     store_rows(key_grad, keys, inside, dk)
     if BETA:
-        target = (block.to(tl.int64) * rows + row + t) * heads + head
-        tl.store(beta_grad + target, d_beta, mask=t < count)
+        target = partials + (block.to(tl.int64) * rows + row) * heads + head
+        tl.store(target + t * heads, d_beta, mask=t < count)

@@ -65,7 +65,9 @@ def tile_offsets(
     """Offsets and mask of `[C, BLOCK]` of a tensor `[rows, H, WIDTH]`."""
     t = tl.arange(0, C)
     column = start + tl.arange(0, BLOCK)
-    offsets = ((row + t) * heads + head)[:, None] * WIDTH + column[None, :]
+    # 64-bit arithmetic stays out of the tile.
+    inner = (t * (heads * WIDTH))[:, None] + column[None, :]
+    offsets = (row * heads + head) * WIDTH + inner
     if WIDTH % BLOCK == 0:
         mask = tl.broadcast_to((t < count)[:, None], (C, BLOCK))
     else:
@@ -97,20 +99,27 @@ def store_rows(x, offsets, mask, tile):
 def load_column(x, row, count, head, heads, C: tl.constexpr):
     """float32 `[C]` of a tensor `[rows, H]`."""
     t = tl.arange(0, C)
-    return tl.load(x + (row + t) * heads + head, mask=t < count, other=0.0).to(
-        tl.float32
-    )
+    column = x + row * heads + head
+    return tl.load(column + t * heads, mask=t < count, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def state_offsets(
-    index, head, heads, start_k, start_v, K, V, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr
+    index,
+    head,
+    heads,
+    start_k,
+    start_v,
+    K,
+    V,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
     """Offsets and mask of `[BLOCK_K, BLOCK_V]` of a tensor `[..., H, K, V]`."""
     k = start_k + tl.arange(0, BLOCK_K)
     v = start_v + tl.arange(0, BLOCK_V)
-    base = (index.to(tl.int64) * heads + head) * K
-    offsets = (base + k)[:, None] * V + v[None, :]
+    base = (index.to(tl.int64) * heads + head) * (K * V)
+    offsets = base + (k[:, None] * V + v[None, :])
     return offsets, (k < K)[:, None] & (v < V)[None, :]
 
 
@@ -119,7 +128,7 @@ def square_offsets(chunk, head, heads, PARTS: tl.constexpr, C: tl.constexpr):
     """Offsets `[C, C]` of the first part of a tensor `[chunks, H, PARTS, C, C]`."""
     t = tl.arange(0, C)
     base = (chunk.to(tl.int64) * heads + head) * (PARTS * C * C)
-    return base + t[:, None] * C + t[None, :]
+    return base + (t[:, None] * C + t[None, :])
 
 
 # Products.
@@ -142,13 +151,19 @@ def operand(x, PRECISION: tl.constexpr):
 @triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
     """float32 product of two operands."""
+    return dot_onto(tl.zeros((a.shape[0], b.shape[1]), tl.float32), a, b, PRECISION)
+
+
+@triton.jit
+def dot_onto(total, a, b, PRECISION: tl.constexpr):
+    """`total` and the product of two operands."""
     if PRECISION != "bf16":
-        product = tl.dot(a, b, input_precision=PRECISION)
+        total = tl.dot(a, b, acc=total, input_precision=PRECISION)
     elif INTERPRETED:
-        product = tl.dot(a, b, input_precision="ieee")
+        total = tl.dot(a, b, acc=total, input_precision="ieee")
     else:
-        product = tl.dot(a, b)
-    return product
+        total = tl.dot(a, b, acc=total)
+    return total
 
 
 @triton.jit
@@ -170,17 +185,18 @@ def store_parts(x, offsets, tile, PARTS: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def dot_right(a, x, PRECISION: tl.constexpr, SPLIT: tl.constexpr):
-    """Product of an operand and a float32 tile."""
+def dot_right(total, a, x, PRECISION: tl.constexpr, SPLIT: tl.constexpr):
+    """`total` and the product of an operand and a float32 tile."""
     rounded = operand(x, PRECISION)
-    product = dot(a, rounded, PRECISION)
+    total = dot_onto(total, a, rounded, PRECISION)
     if SPLIT:
-        product += dot(a, remainder(x, rounded, PRECISION), PRECISION)
-    return product
+        total = dot_onto(total, a, remainder(x, rounded, PRECISION), PRECISION)
+    return total
 
 
 @triton.jit
 def dot_square(
+    total,
     x,
     offsets,
     b,
@@ -190,23 +206,24 @@ def dot_square(
     PRECISION: tl.constexpr,
     C: tl.constexpr,
 ):
-    """Product of a square stored in PARTS operands, or of its transpose, and `b`.
+    """`total` and the product of a square, or of its transpose, and `b`.
 
-    The float32 tile `b` goes in two parts with SPLIT.
+    The square is stored in PARTS operands; the float32 tile `b` goes in two parts
+    with SPLIT.
     """
     square = operand(tl.load(x + offsets), PRECISION)
     if TRANSPOSED:
         square = tl.trans(square)
     rounded = operand(b, PRECISION)
-    product = dot(square, rounded, PRECISION)
+    total = dot_onto(total, square, rounded, PRECISION)
     if SPLIT:
-        product += dot(square, remainder(b, rounded, PRECISION), PRECISION)
+        total = dot_onto(total, square, remainder(b, rounded, PRECISION), PRECISION)
     if PARTS == 2:
         square = operand(tl.load(x + offsets + C * C), PRECISION)
         if TRANSPOSED:
             square = tl.trans(square)
-        product += dot(square, rounded, PRECISION)
-    return product
+        total = dot_onto(total, square, rounded, PRECISION)
+    return total
 
 
 # Decays. A running sum of log decays has a coarse and a fine part, so that
@@ -222,7 +239,7 @@ def head_sums(
     Rows behind the last repeat its sums.
     """
     t = tl.minimum(tl.arange(0, C) - SHIFT, count - 1)
-    offsets = (row + t) * heads + head
+    offsets = row * heads + head + t * heads
     # Without rows all of `t` is negative.
     inside = t >= 0
     return (
@@ -249,7 +266,12 @@ def head_decays(
     last = (row + count - 1) * heads + head
     end_c = tl.load(coarse + last, mask=count > 0, other=0.0)
     end_f = tl.load(fine + last, mask=count > 0, other=0.0)
-    return into_query, into_key, tl.exp((end_c - c) + (end_f - f)), tl.exp(end_c + end_f)
+    return (
+        into_query,
+        into_key,
+        tl.exp((end_c - c) + (end_f - f)),
+        tl.exp(end_c + end_f),
+    )
 
 
 @triton.jit
@@ -306,6 +328,7 @@ def lower(index, STRICT: tl.constexpr, TRANSPOSED: tl.constexpr):
 def channel_sums(
     coarse,
     fine,
+    row,
     rows,
     inside,
     head,
@@ -314,9 +337,10 @@ def channel_sums(
     K: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Both parts of the sums of the given flat rows, `[len(rows), BLOCK_K]`."""
+    """Both parts of the sums of the given rows from `row` on, `[_, BLOCK_K]`."""
     k = start + tl.arange(0, BLOCK_K)
-    offsets = (rows * heads + head)[:, None] * K + k[None, :]
+    inner = (rows * (heads * K))[:, None] + k[None, :]
+    offsets = (row * heads + head) * K + inner
     mask = inside[:, None] & (k < K)[None, :]
     return (
         tl.load(coarse + offsets, mask=mask, other=0.0),
@@ -341,14 +365,14 @@ def channel_decays(
     """As `head_decays`, `[C, BLOCK_K]` each; that of the whole chunk is `[BLOCK_K]`."""
     last = tl.minimum(tl.arange(0, C), count - 1)
     c, f = channel_sums(
-        coarse, fine, row + last, last >= 0, head, heads, start, K, BLOCK_K
+        coarse, fine, row, last, last >= 0, head, heads, start, K, BLOCK_K
     )
     into_query = tl.exp(c + f)
     into_key = into_query
     if EXCLUSIVE:
         last = tl.minimum(tl.arange(0, C) - 1, count - 1)
         before_c, before_f = channel_sums(
-            coarse, fine, row + last, last >= 0, head, heads, start, K, BLOCK_K
+            coarse, fine, row, last, last >= 0, head, heads, start, K, BLOCK_K
         )
         into_key = tl.exp(before_c + before_f)
     k = start + tl.arange(0, BLOCK_K)
@@ -388,11 +412,9 @@ def level_decays(
         last = tl.where(second, t - 1, t)
     last = tl.minimum(last, count - 1)
     inside = last >= 0
-    c, f = channel_sums(
-        coarse, fine, row + last, inside, head, heads, start, K, BLOCK_K
-    )
+    c, f = channel_sums(coarse, fine, row, last, inside, head, heads, start, K, BLOCK_K)
     border_c, border_f = channel_sums(
-        coarse, fine, row + border, inside, head, heads, start, K, BLOCK_K
+        coarse, fine, row, border, inside, head, heads, start, K, BLOCK_K
     )
     difference = (c - border_c) + (f - border_f)
     return tl.exp(tl.where(second[:, None], difference, -difference))

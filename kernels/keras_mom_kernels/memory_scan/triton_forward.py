@@ -22,6 +22,7 @@ from keras_mom_kernels.memory_scan.triton_common import (
     channel_decays,
     chunk_rows,
     dot,
+    dot_onto,
     dot_right,
     dot_square,
     head_decays,
@@ -153,10 +154,10 @@ def pair_rows(
             offsets, mask = tile_offsets(row, count, head, heads, start, K, BLOCK_K, C)
             k = operand(load_rows(key, offsets, mask), PRECISION)
             if DELTA:
-                erase += dot(k, tl.trans(k), PRECISION)
+                erase = dot_onto(erase, k, tl.trans(k), PRECISION)
             if ATTENTION:
                 q = operand(load_rows(query, offsets, mask), PRECISION)
-                read += dot(q, tl.trans(k), PRECISION)
+                read = dot_onto(read, q, tl.trans(k), PRECISION)
         if DECAY == "head":
             if ATTENTION:
                 read *= head_pairs(
@@ -319,9 +320,6 @@ def scan_chunks(
         keys, inside = tile_offsets(row, count, head, heads, 0, K, BLOCK_K, C)
         values, filled = tile_offsets(row, count, head, heads, start_v, V, BLOCK_V, C)
         k = operand(load_rows(key, keys, inside), PRECISION)
-        write = load_rows(value, values, filled).to(tl.float32)
-        if OUTPUT:
-            q = operand(load_rows(query, keys, inside), PRECISION)
         before = operand(state, PRECISION)
         if not OUTPUT:
             kept, kept_mask = state_offsets(
@@ -345,8 +343,6 @@ def scan_chunks(
             to_end *= tl.where(counts == last, 1.0, 0.0)
             whole *= tl.where(last == 0, 1.0, 0.0)
         reading_key, ending_key = k, k
-        if OUTPUT:
-            reading_query = q
         if DECAY == "channel":
             query_in, key_in, key_out, channels = channel_decays(
                 coarse, fine, row, count, head, heads, 0, C, K, BLOCK_K, EXCLUSIVE
@@ -354,28 +350,41 @@ def scan_chunks(
             wide = k.to(tl.float32)
             reading_key = operand(wide * key_in, PRECISION)
             ending_key = operand(wide * key_out, PRECISION)
-            if OUTPUT:
-                reading_query = operand(q.to(tl.float32) * query_in, PRECISION)
 
         # 2. What each row writes.
         if DELTA:
-            write -= dot(reading_key, before, PRECISION) * into_key[:, None]
+            read = dot(reading_key, before, PRECISION) * into_key[:, None]
+            write = load_rows(value, values, filled).to(tl.float32) - read
+        else:
+            write = load_rows(value, values, filled).to(tl.float32)
         if BETA:
             write *= load_column(beta, row, count, head, heads, C)[:, None]
         if DELTA:
             square = square_offsets(chunk, head, heads, PARTS, C)
+            none = tl.zeros((C, BLOCK_V), tl.float32)
             write = dot_square(
-                inverse, square, write, False, PARTS, False, PRECISION, C
+                none, inverse, square, write, False, PARTS, False, PRECISION, C
             )
         if not OUTPUT:
             store_rows(writes, values, filled, write)
 
         # 3. What each row reads.
         if OUTPUT:
-            out = dot(reading_query, before, PRECISION) * into_query[:, None]
+            q = operand(load_rows(query, keys, inside), PRECISION)
+            if DECAY == "channel":
+                q = operand(q.to(tl.float32) * query_in, PRECISION)
+            out = dot(q, before, PRECISION) * into_query[:, None]
             square = square_offsets(chunk, head, heads, PARTS, C)
-            out += dot_square(
-                attention, square, write, False, PARTS, PARTS == 2, PRECISION, C
+            out = dot_square(
+                out,
+                attention,
+                square,
+                write,
+                False,
+                PARTS,
+                PARTS == 2,
+                PRECISION,
+                C,
             )
             store_rows(output, values, filled, out * scale)
 
@@ -384,7 +393,7 @@ def scan_chunks(
         if DECAY == "channel":
             state *= channels[:, None]
         write *= to_end[:, None]
-        state += dot_right(tl.trans(ending_key), write, PRECISION, PARTS == 2)
+        state = dot_right(state, tl.trans(ending_key), write, PRECISION, PARTS == 2)
 
     if OUTPUT:
         tl.store(final + place, state, mask=held)
