@@ -36,8 +36,9 @@ class Configuration(NamedTuple):
         solve: precision of the products of `solve_pairs`, on blocks of 16.
         pairs: of `pair_rows`.
         scan: of `scan_chunks`.
+        states: of `scan_chunks` in the backward pass.
         reverse: of `scan_gradients`.
-        gradients: of `row_gradients`.
+        gradients: of `row_gradients` and what follows it.
     """
 
     precision: str
@@ -45,6 +46,7 @@ class Configuration(NamedTuple):
     solve: str
     pairs: Launch
     scan: Launch
+    states: Launch
     reverse: Launch
     gradients: Launch
 
@@ -81,7 +83,7 @@ def configuration(key_dim, value_dim, dtype, decay, target="cuda", capability=90
         1,
     )
     solve = "tf32x3" if target == "cuda" and capability >= 90 else "ieee"
-    return Configuration(precision, half, solve, pairs, scan, reverse, gradients)
+    return Configuration(precision, half, solve, pairs, scan, scan, reverse, gradients)
 
 
 def power_of_two(size):

@@ -9,21 +9,23 @@ import triton
 import triton.language as tl
 
 from keras_mom_kernels.memory_scan.triton_common import (
-    LOWEST_LOG_DECAY,
-    channel_decays,
     chunk_rows,
     dot,
     dot_onto,
     dot_right,
-    level_decays,
-    level_mask,
     load_column,
     load_rows,
     operand,
-    reset_counts,
     state_offsets,
     store_rows,
     tile_offsets,
+)
+from keras_mom_kernels.memory_scan.triton_decays import (
+    LOWEST_LOG_DECAY,
+    channel_decays,
+    level_decays,
+    level_mask,
+    reset_counts,
 )
 
 
@@ -46,7 +48,6 @@ def channel_row_gradients(
     key_grad,
     log_decay_grad,
     partials,
-    squares,
     table,
     length,
     chunks,
@@ -69,7 +70,7 @@ def channel_row_gradients(
 ):
     """Gradients of a chunk's rows: BLOCK_K channels of query, key and log decay.
 
-    Those of `beta` go to `partials`, float32 `[5, K blocks, rows, H]`, to be summed. With
+    Those of `beta` go to `partials`, float32 `[6, K blocks, rows, H]`, to be summed. With
     one K block and BETA, X in `write_grads` becomes the gradient of the values, beta X.
     """
     blocks: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K

@@ -17,29 +17,31 @@ import triton
 import triton.language as tl
 
 from keras_mom_kernels.memory_scan.triton_common import (
-    LOWEST_LOG_DECAY,
-    QUANTA,
-    channel_decays,
     chunk_rows,
     dot,
     dot_onto,
     dot_right,
     dot_square,
-    head_decays,
-    head_pairs,
-    level_decays,
-    level_mask,
     load_column,
     load_rows,
-    lower,
     operand,
-    reset_counts,
     segment_chunks,
     square_offsets,
     state_offsets,
     store_parts,
     store_rows,
     tile_offsets,
+)
+from keras_mom_kernels.memory_scan.triton_decays import (
+    LOWEST_LOG_DECAY,
+    QUANTA,
+    channel_decays,
+    head_decays,
+    head_pairs,
+    level_decays,
+    level_mask,
+    lower,
+    reset_counts,
 )
 
 
