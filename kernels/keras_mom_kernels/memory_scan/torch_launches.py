@@ -113,7 +113,7 @@ class Call:
             V=inputs.value.shape[-1],
             C=CHUNK_SIZE,
             ROWS=chunk_rows,
-            RAGGED=inputs.cu_seqlens is not None,
+            LAYOUT=_layout(inputs, chunk_rows),
             SEGMENTED=offsets is not None,
             DECAY=decay,
             DELTA=self.delta,
@@ -156,6 +156,12 @@ def _configuration(inputs, decay):
         capability = 10 * major + minor
     sizes = inputs.key.shape[-1], inputs.value.shape[-1]
     return configuration(*sizes, name, decay, target, capability)
+
+
+def _layout(inputs, chunk_rows):
+    if inputs.cu_seqlens is not None:
+        return "ragged"
+    return "padded" if inputs.key.shape[1] % chunk_rows else "full"
 
 
 def _chunk_table(cu_seqlens, chunks, chunk_rows):

@@ -61,7 +61,7 @@ def scan_gradients(
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
     STAGES: tl.constexpr,
-    RAGGED: tl.constexpr,
+    LAYOUT: tl.constexpr,
     SEGMENTED: tl.constexpr,
     DECAY: tl.constexpr,
     DELTA: tl.constexpr,
@@ -88,7 +88,7 @@ def scan_gradients(
 
     for step in tl.range(0, end - begin, num_stages=STAGES):
         chunk = end - 1 - step
-        row, count = chunk_rows(chunk, table, length, chunks, ROWS, RAGGED)
+        row, count = chunk_rows(chunk, table, length, chunks, ROWS, LAYOUT)
         keys, inside = tile_offsets(row, count, head, heads, 0, K, BLOCK_K, C)
         values, filled = tile_offsets(row, count, head, heads, start_v, V, BLOCK_V, C)
         k = operand(load_rows(key, keys, inside), PRECISION)
@@ -164,4 +164,9 @@ def scan_gradients(
             )
 
     if INITIAL:
+        # Not known to be `start_v`: its offsets take no registers during the loop.
+        start_v = tl.minimum(start_v, start_v + end - begin)
+        place, held = state_offsets(
+            segment, head, heads, 0, start_v, K, V, BLOCK_K, BLOCK_V
+        )
         tl.store(initial_grad + place, state_grad, mask=held)

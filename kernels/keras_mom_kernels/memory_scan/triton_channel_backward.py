@@ -60,7 +60,7 @@ def channel_row_gradients(
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    RAGGED: tl.constexpr,
+    LAYOUT: tl.constexpr,
     DECAY: tl.constexpr,
     DELTA: tl.constexpr,
     EXCLUSIVE: tl.constexpr,
@@ -78,7 +78,7 @@ def channel_row_gradients(
     start = block * BLOCK_K
     head = (tl.program_id(0) // blocks) % heads
     chunk = tl.program_id(0) // (blocks * heads)
-    row, count = chunk_rows(chunk, table, length, chunks, ROWS, RAGGED)
+    row, count = chunk_rows(chunk, table, length, chunks, ROWS, LAYOUT)
     t = tl.arange(0, C)
     keys, inside = tile_offsets(row, count, head, heads, start, K, BLOCK_K, C)
     k = operand(load_rows(key, keys, inside), PRECISION)

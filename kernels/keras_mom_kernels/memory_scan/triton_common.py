@@ -19,19 +19,22 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def chunk_rows(chunk, table, length, chunks, ROWS: tl.constexpr, RAGGED: tl.constexpr):
+def chunk_rows(chunk, table, length, chunks, ROWS: tl.constexpr, LAYOUT: tl.constexpr):
     """First flat row of a chunk, and how many rows it holds.
 
-    With RAGGED both stand in `table`, int32 `[chunks, 2]`. Otherwise each of the
-    batch's rows of `length` has `chunks` chunks of ROWS rows.
+    In a `"ragged"` LAYOUT both stand in `table`, int32 `[chunks, 2]`. In others each
+    of the batch's rows of `length` has `chunks` chunks of ROWS rows; `"full"` ones
+    all hold that many, the last of `"padded"` ones holds what is left.
     """
-    if RAGGED:
+    if LAYOUT == "ragged":
         row = tl.load(table + 2 * chunk)
         count = tl.load(table + 2 * chunk + 1)
     else:
         place = (chunk % chunks) * ROWS
         row = (chunk // chunks) * length + place
         count = tl.minimum(ROWS, length - place)
+        if LAYOUT == "full":
+            count = ROWS
     return row.to(tl.int64), count
 
 

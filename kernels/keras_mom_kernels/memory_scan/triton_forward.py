@@ -56,11 +56,11 @@ def sum_decays(
     width,
     C: tl.constexpr,
     ROWS: tl.constexpr,
-    RAGGED: tl.constexpr,
+    LAYOUT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Running sums of log decays `[rows, width]` in each chunk, in two parts."""
-    row, count = chunk_rows(tl.program_id(0), table, length, chunks, ROWS, RAGGED)
+    row, count = chunk_rows(tl.program_id(0), table, length, chunks, ROWS, LAYOUT)
     t = tl.arange(0, C)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     offsets = (row + t)[:, None] * width + column[None, :]
@@ -90,7 +90,7 @@ def pair_rows(
     C: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    RAGGED: tl.constexpr,
+    LAYOUT: tl.constexpr,
     DECAY: tl.constexpr,
     DELTA: tl.constexpr,
     EXCLUSIVE: tl.constexpr,
@@ -107,7 +107,7 @@ def pair_rows(
     """
     head = tl.program_id(0) % heads
     chunk = tl.program_id(0) // heads
-    row, count = chunk_rows(chunk, table, length, chunks, ROWS, RAGGED)
+    row, count = chunk_rows(chunk, table, length, chunks, ROWS, LAYOUT)
     t = tl.arange(0, C)
     target = square_offsets(chunk, head, heads, PARTS, C)
     same = tl.full((C, C), True, tl.int1)
@@ -286,7 +286,7 @@ def scan_chunks(
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
     STAGES: tl.constexpr,
-    RAGGED: tl.constexpr,
+    LAYOUT: tl.constexpr,
     SEGMENTED: tl.constexpr,
     DECAY: tl.constexpr,
     DELTA: tl.constexpr,
@@ -318,7 +318,7 @@ def scan_chunks(
 
     for step in tl.range(0, end - begin, num_stages=STAGES):
         chunk = begin + step
-        row, count = chunk_rows(chunk, table, length, chunks, ROWS, RAGGED)
+        row, count = chunk_rows(chunk, table, length, chunks, ROWS, LAYOUT)
         keys, inside = tile_offsets(row, count, head, heads, 0, K, BLOCK_K, C)
         values, filled = tile_offsets(row, count, head, heads, start_v, V, BLOCK_V, C)
         k = operand(load_rows(key, keys, inside), PRECISION)
@@ -398,4 +398,9 @@ def scan_chunks(
         state = dot_right(state, tl.trans(ending_key), write, PRECISION, PARTS == 2)
 
     if OUTPUT:
+        # Not known to be `start_v`: its offsets take no registers during the loop.
+        start_v = tl.minimum(start_v, start_v + end - begin)
+        place, held = state_offsets(
+            segment, head, heads, 0, start_v, K, V, BLOCK_K, BLOCK_V
+        )
         tl.store(final + place, state, mask=held)

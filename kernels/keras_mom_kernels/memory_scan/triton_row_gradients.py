@@ -73,7 +73,7 @@ def row_gradients(
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    RAGGED: tl.constexpr,
+    LAYOUT: tl.constexpr,
     DECAY: tl.constexpr,
     RESETS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -88,7 +88,7 @@ def row_gradients(
     start = block * BLOCK_K
     head = (tl.program_id(0) // blocks) % heads
     chunk = tl.program_id(0) // (blocks * heads)
-    row, count = chunk_rows(chunk, table, length, chunks, ROWS, RAGGED)
+    row, count = chunk_rows(chunk, table, length, chunks, ROWS, LAYOUT)
     t = tl.arange(0, C)
     keys, inside = tile_offsets(row, count, head, heads, start, K, BLOCK_K, C)
 
@@ -192,7 +192,7 @@ def solve_gradients(
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    RAGGED: tl.constexpr,
+    LAYOUT: tl.constexpr,
     DECAY: tl.constexpr,
     DELTA: tl.constexpr,
     EXCLUSIVE: tl.constexpr,
@@ -210,7 +210,7 @@ def solve_gradients(
     start = block * BLOCK_K
     head = (tl.program_id(0) // blocks) % heads
     chunk = tl.program_id(0) // (blocks * heads)
-    row, count = chunk_rows(chunk, table, length, chunks, ROWS, RAGGED)
+    row, count = chunk_rows(chunk, table, length, chunks, ROWS, LAYOUT)
     t = tl.arange(0, C)
     keys, inside = tile_offsets(row, count, head, heads, start, K, BLOCK_K, C)
 
@@ -319,14 +319,14 @@ def sum_partials(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
-    RAGGED: tl.constexpr,
+    LAYOUT: tl.constexpr,
     DECAY: tl.constexpr,
     DELTA: tl.constexpr,
     EXCLUSIVE: tl.constexpr,
     BETA: tl.constexpr,
 ):
     """Gradients of `beta` and of one log decay a head, `[rows, H]`."""
-    row, count = chunk_rows(tl.program_id(0), table, length, chunks, ROWS, RAGGED)
+    row, count = chunk_rows(tl.program_id(0), table, length, chunks, ROWS, LAYOUT)
     t = tl.arange(0, C)
     head = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     offsets = row * heads + (t[:, None] * heads + head[None, :])
