@@ -1,8 +1,13 @@
 """Operations on tensors, each with one signature for all implementations."""
 
+import keras
+
 from keras_mom.ops.memory_scan import memory_scan
 from keras_mom.ops.routing import RoutingStatistics, routing_statistics, top_k_routing
 from keras_mom.ops.short_convolution import short_convolution
+
+if keras.backend.backend() == "torch":
+    from keras_mom.ops import triton_scan as triton_scan
 
 __all__ = [
     "RoutingStatistics",

@@ -72,18 +72,25 @@ def configuration(key_dim, value_dim, dtype, decay, target="cuda", capability=90
         precision = "tf32" if dtype == "float16" else "tf32x3"
     half = precision == "bf16"
     channel = decay == "channel"
-    block_v = min(wide_v, 64 if half and wide_k <= 128 else 32)
-    pairs = Launch(min(wide_k, 64 if channel or not half else 128), 0, 4, 1)
-    scan = Launch(wide_k, block_v, 4 if wide_k <= 128 else 8, 1)
-    reverse = Launch(wide_k, block_v, 4 if wide_k <= 128 else 8, 1)
-    gradients = Launch(
-        min(wide_k, 64 if channel or not half else 128),
-        min(wide_v, 64 if half else 32),
-        8,
-        1,
-    )
+    narrow = min(wide_v, 32)
+    wide = min(wide_v, 64)
+    warps = 4 if wide_k <= 128 else 8
+    if half:
+        pairs = Launch(min(wide_k, 64 if channel else 128), 0, 4, 1)
+        scan = Launch(wide_k, narrow, warps, 1)
+        states = Launch(wide_k, wide if wide_k <= 128 else narrow, warps, 1)
+        reverse = Launch(wide_k, narrow, warps, 1)
+        gradients = Launch(min(wide_k, 128), wide, 8, 1)
+        if channel:
+            gradients = Launch(min(wide_k, 32), wide, 4, 1)
+    else:
+        pairs = Launch(min(wide_k, 32), 0, 4, 1)
+        scan = states = reverse = Launch(wide_k, narrow, 8, 1)
+        gradients = Launch(min(wide_k, 32), narrow, 8, 1)
     solve = "tf32x3" if target == "cuda" and capability >= 90 else "ieee"
-    return Configuration(precision, half, solve, pairs, scan, scan, reverse, gradients)
+    return Configuration(
+        precision, half, solve, pairs, scan, states, reverse, gradients
+    )
 
 
 def power_of_two(size):

@@ -101,16 +101,12 @@ def memory_scan(
 
 def check_served(query, key, value, decay_axis, log_decay):
     """Raises `NotImplementedError`, with the reason, for calls without a kernel."""
-    if not (query.is_cuda or INTERPRETED.value):
+    if query.device.type not in ("cuda", "meta") and not INTERPRETED.value:
         raise NotImplementedError(
             f"the Triton kernels need a GPU; the tensors are on {query.device.type!r}"
         )
-    if query.is_cuda and torch.version.hip is None:
-        capability = torch.cuda.get_device_capability(query.device)
-        if capability < (8, 0):
-            raise NotImplementedError(
-                f"the Triton kernels need sm_80 or later, not sm_{capability[0]}x"
-            )
+    if query.device.type == "cuda" and not _new_enough(query.device.index):
+        raise NotImplementedError("the Triton kernels need sm_80 or later")
     if decay_axis == "value" and log_decay is not None:
         raise NotImplementedError("no Triton kernel has a decay of value channels")
     if max(key.shape[-1], value.shape[-1]) > 256:
@@ -118,11 +114,18 @@ def check_served(query, key, value, decay_axis, log_decay):
             "the Triton kernels take key and value channels up to 256, not "
             f"{key.shape[-1]} and {value.shape[-1]}"
         )
-    dtypes = {torch.float32, torch.bfloat16, torch.float16}
-    if not {query.dtype, key.dtype, value.dtype} <= dtypes:
+    dtypes = (query.dtype, key.dtype, value.dtype)
+    if not {torch.float32, torch.bfloat16, torch.float16}.issuperset(dtypes):
         raise NotImplementedError(
             f"no Triton kernel for {query.dtype}, {key.dtype} and {value.dtype}"
         )
+
+
+@torch.compiler.assume_constant_result
+def _new_enough(index):
+    if torch.version.hip is not None:
+        return True
+    return torch.cuda.get_device_capability(index) >= (8, 0)
 
 
 @torch.library.custom_op("keras_mom_kernels::memory_scan", mutates_args=())

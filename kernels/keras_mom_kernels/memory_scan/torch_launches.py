@@ -1,6 +1,7 @@
 """The launches of the Triton kernels of the memory scan, forward and backward."""
 
 import contextlib
+import math
 from typing import NamedTuple
 
 import torch
@@ -195,7 +196,7 @@ def _reset_counts(resets, chunks, chunk_rows):
 def _prepare(call, inputs):
     """Running sums of log decays, the chunks' solves and query-key products."""
     if inputs.log_decay is not None:
-        width = inputs.log_decay[0, 0].numel()
+        width = math.prod(inputs.log_decay.shape[2:])
         block = min(64, power_of_two(width))
         sums = dict(
             coarse=call.empty(call.rows, width), fine=call.empty(call.rows, width)
