@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from typing import NamedTuple
 
@@ -195,3 +196,26 @@ def resources(binary):
         for name in ("REG", "STACK")
     )
     return Resources(registers, stack, binary.metadata.shared)
+
+
+def report(target, arch, key_dim, value_dim, dtype, decay):
+    """Prints name, registers and stack of each kernel, a line each."""
+    capability = arch if target == "cuda" else 0
+    how = dict(target=target, capability=capability)
+    for kernel, types in _each(kernels(key_dim, value_dim, dtype, decay, **how)):
+        binary = compiled(kernel, types, target, arch)
+        line = kernel.name
+        if target == "cuda":
+            used = resources(binary)
+            line += f" {used.registers} {used.stack}"
+        print(line, flush=True)
+
+
+def _each(found):
+    return [(kernel, found[1]) for kernel in found[0]]
+
+
+if __name__ == "__main__":
+    target, arch, *sizes, dtype, decay = sys.argv[1:]
+    arch = int(arch) if target == "cuda" else arch
+    report(target, arch, *map(int, sizes), dtype, decay)

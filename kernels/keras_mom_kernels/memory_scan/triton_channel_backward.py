@@ -70,8 +70,9 @@ def channel_row_gradients(
 ):
     """Gradients of a chunk's rows: BLOCK_K channels of query, key and log decay.
 
-    Those of `beta` go to `partials`, float32 `[6, K blocks, rows, H]`, to be summed. With
-    one K block and BETA, X in `write_grads` becomes the gradient of the values, beta X.
+    Those of `beta` go to `partials`, float32 `[6, K blocks, rows, H]`, to be summed.
+    With one K block and BETA, X in `write_grads` becomes the gradient of the values,
+    beta X.
     """
     blocks: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     block = tl.program_id(0) % blocks

@@ -190,8 +190,14 @@ def _block(pairs, base, i: tl.constexpr, j: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def _store_block(
-    x, base, i: tl.constexpr, j: tl.constexpr, block, PARTS: tl.constexpr, C: tl.constexpr
-):  # fmt: skip
+    x,
+    base,
+    i: tl.constexpr,
+    j: tl.constexpr,
+    block,
+    PARTS: tl.constexpr,
+    C: tl.constexpr,
+):
     t = tl.arange(0, 16)
     offsets = base * PARTS + (16 * i + t)[:, None] * C + 16 * j + t[None, :]
     store_parts(x, offsets, block, PARTS, C * C)

@@ -1,0 +1,38 @@
+"""The scan's Triton kernels compile without a GPU, and keep to the registers."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+def report(*arguments):
+    """What `offline.py` prints: in a process of its own, without the interpreter."""
+    here = Path(__file__).resolve().parent
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    environment["PYTHONPATH"] = str(here.parents[1] / "kernels")
+    command = [sys.executable, "-W", "ignore", str(here / "offline.py")]
+    result = subprocess.run(
+        [*command, *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    return [line.split() for line in result.stdout.splitlines()]
+
+
+def test_mom_shape_on_hopper_spills_no_register():
+    lines = report("cuda", 90, 128, 128, "bfloat16", "head")
+    assert len(lines) == 9
+    for name, registers, stack in lines:
+        assert int(stack) == 0, (name, registers, stack)
+
+
+@pytest.mark.parametrize("target, arch", (("cuda", 80), ("hip", "gfx942")))
+def test_other_chips(target, arch):
+    assert len(report(target, arch, 64, 64, "bfloat16", "head")) == 9
