@@ -1,8 +1,8 @@
 """Checks the memory scan's Triton kernels against float64 on a GPU, then times them.
 
-    PYTHONPATH=kernels python benchmarks/gpu.py check     every shipped configuration
-    PYTHONPATH=kernels python benchmarks/gpu.py time      the shapes of MoM and its peers
-    PYTHONPATH=kernels python benchmarks/gpu.py sweep     other launches at MoM's shape
+    PYTHONPATH=kernels python benchmarks/gpu.py check    every shipped configuration
+    PYTHONPATH=kernels python benchmarks/gpu.py time     MoM's shape and its peers'
+    PYTHONPATH=kernels python benchmarks/gpu.py sweep    other launches at MoM's shape
 
 Plain torch, no Keras. `check` spreads over worker processes, since compilation takes
 most of its time; it ends with a non-zero status if an error is above its limit. With
@@ -232,12 +232,15 @@ def shapes():
 
 def timing_inputs(shape):
     rows = (1, sum(shape.lengths), shape.heads)
-    like = dict(device="cuda", dtype=torch.bfloat16)
     normalize = torch.nn.functional.normalize
+
+    def normal(channels):
+        return torch.randn(*rows, channels, device="cuda", dtype=torch.bfloat16)
+
     inputs = dict(
-        query=normalize(torch.randn(*rows, shape.key_dim, **like), dim=-1),
-        key=normalize(torch.randn(*rows, shape.key_dim, **like), dim=-1),
-        value=torch.randn(*rows, shape.value_dim, **like),
+        query=normalize(normal(shape.key_dim), dim=-1),
+        key=normalize(normal(shape.key_dim), dim=-1),
+        value=normal(shape.value_dim),
         beta=torch.rand(rows, device="cuda"),
     )
     decays = rows if shape.decay == "head" else (*rows, shape.key_dim)
@@ -261,6 +264,11 @@ def aligned(shape, inputs, batch=8):
         padding = [0, 0] * (x.ndim - 2) + [0, missing]
         padded[name] = torch.nn.functional.pad(x, padding)
     return padded, offsets
+
+
+def packed_scan(**packing):
+    """The scan's output, as a function of its float tensors."""
+    return lambda **inputs: memory_scan(**inputs, **packing)[0]
 
 
 def measure(function, inputs):
@@ -327,10 +335,10 @@ def run_timings():
     for shape in shapes():
         inputs, borders = timing_inputs(shape)
         started = time.time()
-        memory_scan(**inputs, cu_seqlens=borders)
+        packed_scan(cu_seqlens=borders)(**inputs)
         torch.cuda.synchronize()
         cold = time.time() - started
-        result = measure(lambda **x: memory_scan(**x, cu_seqlens=borders)[0], inputs)
+        result = measure(packed_scan(cu_seqlens=borders), inputs)
         peer = None
         if peer_scan is not None and shape.decay == "head":
 
@@ -345,9 +353,7 @@ def run_timings():
         print(f"{'':22} first forward call {cold:.1f} s", flush=True)
         if len(shape.lengths) > 1:
             padded, offsets = aligned(shape, inputs)
-            result = measure(
-                lambda **x: memory_scan(**x, chunk_offsets=offsets)[0], padded
-            )
+            result = measure(packed_scan(chunk_offsets=offsets), padded)
             report(f"{shape.name}, aligned", shape, result)
 
 
@@ -360,7 +366,7 @@ def run_sweep():
         Launch(128, v, warps, stages)
         for v, warps, stages in itertools.product((32, 64, 128), (4, 8), (1, 2))
     ]
-    options = {"scan": scans, "states": scans, "reverse": scans}
+    options: dict[str, list] = {"scan": scans, "states": scans, "reverse": scans}
     options["gradients"] = [
         Launch(k, v, warps, 1)
         for k, v, warps in itertools.product((64, 128), (32, 64), (4, 8))
@@ -374,9 +380,7 @@ def run_sweep():
 
             torch_launches.configuration = changed  # type: ignore[assignment]
             try:
-                result = measure(
-                    lambda **x: memory_scan(**x, chunk_offsets=offsets)[0], inputs
-                )
+                result = measure(packed_scan(chunk_offsets=offsets), inputs)
             except triton.runtime.errors.OutOfResources:
                 print(f"{name} {launch}: too large", flush=True)
                 continue
@@ -386,7 +390,7 @@ def run_sweep():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("what", choices=("check", "time", "sweep"))
     parser.add_argument("--workers", type=int, default=12)
     arguments = parser.parse_args()
