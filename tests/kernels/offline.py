@@ -13,7 +13,7 @@ from triton.compiler import ASTSource
 
 from keras_mom_kernels.memory_scan import (
     triton_backward,
-    triton_channel_backward,
+    triton_channel,
     triton_forward,
     triton_row_gradients,
 )
@@ -83,9 +83,12 @@ def kernels(
         ("query", "key", "value", "output", "output_grad", "write_grads"), rows
     )
     types |= dict.fromkeys(("query_grad", "key_grad"), rows)
+    prepared = ("reading_query", "reading_key", "ending_key")
+    types |= dict.fromkeys(prepared, narrow if decay == "channel" else rows)
     types |= dict.fromkeys(("states", "state_grads", "writes", "squares"), narrow)
     types |= dict.fromkeys(("attention", "inverse"), narrow)
     types |= dict.fromkeys(("final", "final_grad", "pairs", "partials"), "*fp32")
+    types["channels"] = "*fp32"
     types |= dict.fromkeys(_INTEGERS, "i32")
     types["scale"] = "fp32"
     if decays:
@@ -142,8 +145,10 @@ def kernels(
     add("scan_chunks-states", scan, config.states, OUTPUT=False)
     add("scan_gradients", triton_backward.scan_gradients, config.reverse)
     if decay == "channel":
-        kernel = triton_channel_backward.channel_row_gradients
-        add("channel_row_gradients", kernel, config.gradients)
+        add("decay_rows", triton_channel.decay_rows, config.levels)
+        for name in ("square_gradients", "crossing_gradients"):
+            add(name, getattr(triton_channel, name), config.gradients)
+        add("level_gradients", triton_channel.level_gradients, config.levels)
     else:
         gradients = triton_row_gradients
         add("row_gradients", gradients.row_gradients, config.gradients)

@@ -38,7 +38,10 @@ class Configuration(NamedTuple):
         scan: of `scan_chunks`.
         states: of `scan_chunks` in the backward pass.
         reverse: of `scan_gradients`.
-        gradients: of `row_gradients` and what follows it.
+        gradients: of `row_gradients` and what follows it, and of the like for
+            channels.
+        levels: of `decay_rows` and `level_gradients`, with the K blocks of
+            `gradients`.
     """
 
     precision: str
@@ -49,6 +52,7 @@ class Configuration(NamedTuple):
     states: Launch
     reverse: Launch
     gradients: Launch
+    levels: Launch
 
 
 def configuration(key_dim, value_dim, dtype, decay, target="cuda", capability=90):
@@ -82,14 +86,15 @@ def configuration(key_dim, value_dim, dtype, decay, target="cuda", capability=90
         reverse = Launch(wide_k, narrow, warps, 1)
         gradients = Launch(min(wide_k, 128), wide, 8, 1)
         if channel:
-            gradients = Launch(min(wide_k, 32), wide, 4, 1)
+            gradients = Launch(min(wide_k, 64), wide, 4, 1)
     else:
         pairs = Launch(min(wide_k, 32), 0, 4, 1)
         scan = states = reverse = Launch(wide_k, narrow, 8, 1)
         gradients = Launch(min(wide_k, 32), narrow, 8, 1)
+    levels = gradients._replace(warps=8)
     solve = "tf32x3" if target == "cuda" and capability >= 90 else "ieee"
     return Configuration(
-        precision, half, solve, pairs, scan, states, reverse, gradients
+        precision, half, solve, pairs, scan, states, reverse, gradients, levels
     )
 
 

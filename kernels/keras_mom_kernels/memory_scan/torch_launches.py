@@ -15,7 +15,12 @@ from keras_mom_kernels.memory_scan.configurations import (
     power_of_two,
 )
 from keras_mom_kernels.memory_scan.triton_backward import scan_gradients
-from keras_mom_kernels.memory_scan.triton_channel_backward import channel_row_gradients
+from keras_mom_kernels.memory_scan.triton_channel import (
+    crossing_gradients,
+    decay_rows,
+    level_gradients,
+    square_gradients,
+)
 from keras_mom_kernels.memory_scan.triton_forward import (
     pair_rows,
     scan_chunks,
@@ -106,6 +111,10 @@ class Call:
             heads=self.heads,
             rows=self.rows,
             scale=scale,
+            reading_query=inputs.query,
+            reading_key=inputs.key,
+            ending_key=inputs.key,
+            channels=None,
             coarse=None,
             fine=None,
             inverse=None,
@@ -204,6 +213,8 @@ def _prepare(call, inputs):
         grid = (call.chunks, triton.cdiv(width, block))
         call.run(sum_decays, grid, _SMALL, width=width, BLOCK=block, **sums)
         call.arguments.update(sums)
+    if call.decay == "channel":
+        _decay_rows(call, inputs.key)
     shape = (call.chunks, call.heads, call.parts, CHUNK_SIZE, CHUNK_SIZE)
     attention = call.empty(*shape, dtype=call.narrow)
     pairs = call.empty(*shape[:2], *shape[3:]) if call.delta else None
@@ -216,6 +227,20 @@ def _prepare(call, inputs):
         solve = dict(pairs=pairs, inverse=inverse, PRECISION=call.config.solve)
         call.run(solve_pairs, grid, _SMALL._replace(warps=1), **solve)
         call.arguments["inverse"] = inverse
+
+
+def _decay_rows(call, key):
+    """What meets the state, in place of queries and keys."""
+    _, _, heads, key_dim = key.shape
+    rows = {
+        name: torch.empty_like(key, dtype=call.narrow)
+        for name in ("reading_query", "reading_key", "ending_key")
+    }
+    channels = call.empty(call.chunks, heads, key_dim)
+    launch = call.config.levels
+    grid = (triton.cdiv(key_dim, launch.block_k) * heads * call.chunks,)
+    call.run(decay_rows, grid, launch, channels=channels, **rows)
+    call.arguments.update(rows, channels=channels)
 
 
 _SMALL = Launch(0, 0, 4, 1)
@@ -286,7 +311,11 @@ def backward(
         partials=call.empty(6, blocks, call.rows, call.heads),
     )
     if call.decay == "channel":
-        call.run(channel_row_gradients, grid, config.gradients)
+        shape = (call.chunks, call.heads, 2, CHUNK_SIZE, CHUNK_SIZE)
+        arguments["squares"] = call.empty(*shape, dtype=call.narrow)
+        call.run(square_gradients, (call.chunks * call.heads,), config.gradients)
+        call.run(crossing_gradients, grid, config.gradients)
+        call.run(level_gradients, grid, config.levels)
     else:
         squares = call.empty(*grid, CHUNK_SIZE, CHUNK_SIZE, dtype=call.narrow)
         call.run(row_gradients, grid, config.gradients, squares=squares)

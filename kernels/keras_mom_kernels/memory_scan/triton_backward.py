@@ -26,7 +26,6 @@ from keras_mom_kernels.memory_scan.triton_common import (
     tile_offsets,
 )
 from keras_mom_kernels.memory_scan.triton_decays import (
-    channel_decays,
     head_decays,
     reset_counts,
 )
@@ -34,8 +33,10 @@ from keras_mom_kernels.memory_scan.triton_decays import (
 
 @triton.jit
 def scan_gradients(
-    query,
-    key,
+    reading_query,
+    reading_key,
+    ending_key,
+    channels,
     beta,
     coarse,
     fine,
@@ -91,7 +92,6 @@ def scan_gradients(
         row, count = chunk_rows(chunk, table, length, chunks, ROWS, LAYOUT)
         keys, inside = tile_offsets(row, count, head, heads, 0, K, BLOCK_K, C)
         values, filled = tile_offsets(row, count, head, heads, start_v, V, BLOCK_V, C)
-        k = operand(load_rows(key, keys, inside), PRECISION)
         out = operand(load_rows(output_grad, values, filled), PRECISION)
         next_grad = operand(state_grad, PRECISION)
         kept, kept_mask = state_offsets(
@@ -114,14 +114,6 @@ def scan_gradients(
             into_key *= first
             to_end *= tl.where(counts == last, 1.0, 0.0)
             whole *= tl.where(last == 0, 1.0, 0.0)
-        reading_key, ending_key = k, k
-        if DECAY == "channel":
-            query_in, key_in, key_out, channels = channel_decays(
-                coarse, fine, row, count, head, heads, 0, C, K, BLOCK_K, EXCLUSIVE
-            )
-            wide = k.to(tl.float32)
-            reading_key = operand(wide * key_in, PRECISION)
-            ending_key = operand(wide * key_out, PRECISION)
 
         # 2. Gradient of what each row writes, from the outputs and the state.
         square = square_offsets(chunk, head, heads, PARTS, C)
@@ -138,7 +130,8 @@ def scan_gradients(
             C,
         )
         grad = grad * scale
-        grad += dot(ending_key, next_grad, PRECISION) * to_end[:, None]
+        k = operand(load_rows(ending_key, keys, inside), PRECISION)
+        grad += dot(k, next_grad, PRECISION) * to_end[:, None]
         if DELTA:
             none = tl.zeros((C, BLOCK_V), tl.float32)
             grad = dot_square(
@@ -147,21 +140,21 @@ def scan_gradients(
         store_rows(write_grads, values, filled, grad)
 
         # 3. Gradient of the state before the chunk.
-        q = operand(load_rows(query, keys, inside), PRECISION)
-        if DECAY == "channel":
-            q = operand(q.to(tl.float32) * query_in, PRECISION)
+        q = operand(load_rows(reading_query, keys, inside), PRECISION)
         state_grad *= whole
         if DECAY == "channel":
-            state_grad *= channels[:, None]
+            column = tl.arange(0, BLOCK_K)
+            decay = channels + (chunk.to(tl.int64) * heads + head) * K
+            state_grad *= tl.load(decay + column, mask=column < K, other=0.0)[:, None]
+            if DELTA:
+                k = operand(load_rows(reading_key, keys, inside), PRECISION)
         read = out.to(tl.float32) * (into_query * scale)[:, None]
         state_grad = dot_right(state_grad, tl.trans(q), read, PRECISION, False)
         if DELTA:
             if BETA:
                 grad *= load_column(beta, row, count, head, heads, C)[:, None]
             grad *= -into_key[:, None]
-            state_grad = dot_right(
-                state_grad, tl.trans(reading_key), grad, PRECISION, PARTS == 2
-            )
+            state_grad = dot_right(state_grad, tl.trans(k), grad, PRECISION, PARTS == 2)
 
     if INITIAL:
         # Not known to be `start_v`: its offsets take no registers during the loop.

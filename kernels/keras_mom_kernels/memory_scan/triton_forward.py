@@ -35,7 +35,6 @@ from keras_mom_kernels.memory_scan.triton_common import (
 from keras_mom_kernels.memory_scan.triton_decays import (
     LOWEST_LOG_DECAY,
     QUANTA,
-    channel_decays,
     head_decays,
     head_pairs,
     level_decays,
@@ -264,8 +263,10 @@ def solve_pairs(
 
 @triton.jit
 def scan_chunks(
-    query,
-    key,
+    reading_query,
+    reading_key,
+    ending_key,
+    channels,
     value,
     beta,
     coarse,
@@ -327,7 +328,7 @@ def scan_chunks(
         row, count = chunk_rows(chunk, table, length, chunks, ROWS, LAYOUT)
         keys, inside = tile_offsets(row, count, head, heads, 0, K, BLOCK_K, C)
         values, filled = tile_offsets(row, count, head, heads, start_v, V, BLOCK_V, C)
-        k = operand(load_rows(key, keys, inside), PRECISION)
+        k = operand(load_rows(reading_key, keys, inside), PRECISION)
         before = operand(state, PRECISION)
         if not OUTPUT:
             kept, kept_mask = state_offsets(
@@ -350,18 +351,10 @@ def scan_chunks(
             into_key *= first
             to_end *= tl.where(counts == last, 1.0, 0.0)
             whole *= tl.where(last == 0, 1.0, 0.0)
-        reading_key, ending_key = k, k
-        if DECAY == "channel":
-            query_in, key_in, key_out, channels = channel_decays(
-                coarse, fine, row, count, head, heads, 0, C, K, BLOCK_K, EXCLUSIVE
-            )
-            wide = k.to(tl.float32)
-            reading_key = operand(wide * key_in, PRECISION)
-            ending_key = operand(wide * key_out, PRECISION)
 
         # 2. What each row writes.
         if DELTA:
-            read = dot(reading_key, before, PRECISION) * into_key[:, None]
+            read = dot(k, before, PRECISION) * into_key[:, None]
             write = load_rows(value, values, filled).to(tl.float32) - read
         else:
             write = load_rows(value, values, filled).to(tl.float32)
@@ -378,9 +371,7 @@ def scan_chunks(
 
         # 3. What each row reads.
         if OUTPUT:
-            q = operand(load_rows(query, keys, inside), PRECISION)
-            if DECAY == "channel":
-                q = operand(q.to(tl.float32) * query_in, PRECISION)
+            q = operand(load_rows(reading_query, keys, inside), PRECISION)
             out = dot(q, before, PRECISION) * into_query[:, None]
             square = square_offsets(chunk, head, heads, PARTS, C)
             out = dot_square(
@@ -399,9 +390,12 @@ def scan_chunks(
         # 4. The state behind the chunk.
         state *= whole
         if DECAY == "channel":
-            state *= channels[:, None]
+            column = tl.arange(0, BLOCK_K)
+            decay = channels + (chunk.to(tl.int64) * heads + head) * K
+            state *= tl.load(decay + column, mask=column < K, other=0.0)[:, None]
+            k = operand(load_rows(ending_key, keys, inside), PRECISION)
         write *= to_end[:, None]
-        state = dot_right(state, tl.trans(ending_key), write, PRECISION, PARTS == 2)
+        state = dot_right(state, tl.trans(k), write, PRECISION, PARTS == 2)
 
     if OUTPUT:
         # Not known to be `start_v`: its offsets take no registers during the loop.

@@ -333,6 +333,8 @@ def sum_partials(
     mask = (t < count)[:, None] & (head < heads)[None, :]
     if BETA:
         total = _partial(partials, 0, rows, heads, offsets, mask, BLOCKS)
+        if DECAY == "channel" and DELTA:
+            total += _partial(partials, 1, rows, heads, offsets, mask, BLOCKS)
         store_rows(beta_grad, offsets, mask, total)
     if DECAY == "head":
         # A log decay decays what is read at its row and behind it, and what is
