@@ -88,6 +88,7 @@ def kernels(
     types |= dict.fromkeys(("states", "state_grads", "writes", "squares"), narrow)
     types |= dict.fromkeys(("attention", "inverse"), narrow)
     types |= dict.fromkeys(("final", "final_grad", "pairs", "partials"), "*fp32")
+    types["level_partials"] = "*fp32"
     types["channels"] = "*fp32"
     types |= dict.fromkeys(_INTEGERS, "i32")
     types["scale"] = "fp32"
@@ -154,7 +155,8 @@ def kernels(
         add("row_gradients", gradients.row_gradients, config.gradients)
         add("solve_gradients", gradients.solve_gradients, config.gradients)
     blocks = -(-key_dim // config.gradients.block_k)
-    sums = dict(BLOCK=16, BLOCKS=blocks)
+    levels = -(-key_dim // config.levels.block_k)
+    sums = dict(BLOCK=16, BLOCKS=blocks, LEVELS=levels)
     add("sum_partials", triton_row_gradients.sum_partials, small, **sums)
     return result, types
 

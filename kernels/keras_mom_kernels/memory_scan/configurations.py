@@ -40,8 +40,7 @@ class Configuration(NamedTuple):
         reverse: of `scan_gradients`.
         gradients: of `row_gradients` and what follows it, and of the like for
             channels.
-        levels: of `decay_rows` and `level_gradients`, with the K blocks of
-            `gradients`.
+        levels: of `decay_rows` and `level_gradients`.
     """
 
     precision: str
@@ -80,18 +79,16 @@ def configuration(key_dim, value_dim, dtype, decay, target="cuda", capability=90
     wide = min(wide_v, 64)
     warps = 4 if wide_k <= 128 else 8
     if half:
-        pairs = Launch(min(wide_k, 64 if channel else 128), 0, 4, 1)
-        scan = Launch(wide_k, narrow, warps, 1)
+        pairs = Launch(min(wide_k, 64 if channel else 128), 0, 8 if channel else 4, 1)
+        scan = reverse = Launch(wide_k, narrow, warps, 1)
         states = Launch(wide_k, wide if wide_k <= 128 else narrow, warps, 1)
-        reverse = Launch(wide_k, narrow, warps, 1)
-        gradients = Launch(min(wide_k, 128), wide, 8, 1)
-        if channel:
-            gradients = Launch(min(wide_k, 64), wide, 4, 1)
+        of_v = wide if wide_k <= 128 else narrow
+        gradients = Launch(min(wide_k, 64 if channel else 128), of_v, 8, 1)
     else:
         pairs = Launch(min(wide_k, 32), 0, 4, 1)
         scan = states = reverse = Launch(wide_k, narrow, 8, 1)
         gradients = Launch(min(wide_k, 32), narrow, 8, 1)
-    levels = gradients._replace(warps=8)
+    levels = Launch(min(wide_k, 32), 0, 8, 1)
     solve = "tf32x3" if target == "cuda" and capability >= 90 else "ieee"
     return Configuration(
         precision, half, solve, pairs, scan, states, reverse, gradients, levels

@@ -310,11 +310,16 @@ def backward(
         beta_grad=None if beta is None else new(beta),
         partials=call.empty(6, blocks, call.rows, call.heads),
     )
+    levels = 0
+    arguments["level_partials"] = None
     if call.decay == "channel":
         shape = (call.chunks, call.heads, 2, CHUNK_SIZE, CHUNK_SIZE)
         arguments["squares"] = call.empty(*shape, dtype=call.narrow)
         call.run(square_gradients, (call.chunks * call.heads,), config.gradients)
         call.run(crossing_gradients, grid, config.gradients)
+        levels = triton.cdiv(key_dim, config.levels.block_k)
+        arguments["level_partials"] = call.empty(levels, call.rows, call.heads)
+        grid = (levels * call.heads * call.chunks,)
         call.run(level_gradients, grid, config.levels)
     else:
         squares = call.empty(*grid, CHUNK_SIZE, CHUNK_SIZE, dtype=call.narrow)
@@ -324,7 +329,8 @@ def backward(
     if beta is not None or call.decay == "head":
         block = min(32, power_of_two(call.heads))
         grid = (call.chunks, triton.cdiv(call.heads, block))
-        call.run(sum_partials, grid, _SMALL, BLOCK=block, BLOCKS=blocks)
+        sums = dict(BLOCK=block, BLOCKS=blocks, LEVELS=levels)
+        call.run(sum_partials, grid, _SMALL, **sums)
     if beta is not None and blocks > 1:
         arguments["write_grads"] *= beta[..., None]
     names = ("query_grad", "key_grad", "write_grads", "log_decay_grad", "beta_grad")

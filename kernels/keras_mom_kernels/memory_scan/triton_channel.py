@@ -270,7 +270,7 @@ def level_gradients(
     query_grad,
     key_grad,
     log_decay_grad,
-    partials,
+    level_partials,
     table,
     length,
     chunks,
@@ -288,8 +288,8 @@ def level_gradients(
 ):
     """Gradients of a chunk's rows from its products of rows, level by level.
 
-    They are added to those of query, key and log decay; those of `beta` go to the
-    second plane of `partials`.
+    They are added to those of query, key and log decay; those of `beta` go to
+    `level_partials`, `[K blocks, rows, H]`.
     """
     blocks: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     block = tl.program_id(0) % blocks
@@ -364,6 +364,6 @@ def level_gradients(
     store_rows(query_grad, keys, inside, dq)
     store_rows(key_grad, keys, inside, dk)
     if BETA:
-        target = (block.to(tl.int64) + blocks) * rows + row
-        target = partials + target * heads + head
+        target = (block.to(tl.int64) * rows + row) * heads + head
+        target = level_partials + target
         tl.store(target + t * heads, d_beta, mask=t < count)

@@ -307,6 +307,7 @@ def _partial(partials, plane, rows, heads, offsets, mask, BLOCKS: tl.constexpr):
 @triton.jit
 def sum_partials(
     partials,
+    level_partials,
     log_decay,
     beta_grad,
     log_decay_grad,
@@ -319,6 +320,7 @@ def sum_partials(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
+    LEVELS: tl.constexpr,
     LAYOUT: tl.constexpr,
     DECAY: tl.constexpr,
     DELTA: tl.constexpr,
@@ -334,7 +336,7 @@ def sum_partials(
     if BETA:
         total = _partial(partials, 0, rows, heads, offsets, mask, BLOCKS)
         if DECAY == "channel" and DELTA:
-            total += _partial(partials, 1, rows, heads, offsets, mask, BLOCKS)
+            total += _partial(level_partials, 0, rows, heads, offsets, mask, LEVELS)
         store_rows(beta_grad, offsets, mask, total)
     if DECAY == "head":
         # A log decay decays what is read at its row and behind it, and what is
