@@ -120,6 +120,7 @@ def kernels(
         RESETS=resets,
         INITIAL=initial_state,
         PRECISION=config.precision,
+        LEVEL_PRECISION=config.level,
         PARTS=parts,
         ATTENTION=True,
     )

@@ -34,6 +34,7 @@ class Configuration(NamedTuple):
         split: whether float32 operands of bf16 products go in two parts, which keeps
             the outputs of strongly correlated keys within 5e-3.
         solve: precision of the products of `solve_pairs`, on blocks of 16.
+        level: precision of the products of rows decayed by channel.
         pairs: of `pair_rows`.
         scan: of `scan_chunks`.
         states: of `scan_chunks` in the backward pass.
@@ -46,6 +47,7 @@ class Configuration(NamedTuple):
     precision: str
     split: bool
     solve: str
+    level: str
     pairs: Launch
     scan: Launch
     states: Launch
@@ -90,8 +92,12 @@ def configuration(key_dim, value_dim, dtype, decay, target="cuda", capability=90
         gradients = Launch(min(wide_k, 32), narrow, 8, 1)
     levels = Launch(min(wide_k, 32), 0, 8, 1)
     solve = "tf32x3" if target == "cuda" and capability >= 90 else "ieee"
+    level = precision
+    if half:
+        # Rounded to bfloat16, pairs of correlated keys would differ too much.
+        level = "tf32" if target == "cuda" else "ieee"
     return Configuration(
-        precision, half, solve, pairs, scan, states, reverse, gradients, levels
+        precision, half, solve, level, pairs, scan, states, reverse, gradients, levels
     )
 
 

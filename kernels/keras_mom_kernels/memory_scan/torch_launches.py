@@ -132,6 +132,7 @@ class Call:
             RESETS=inputs.resets is not None,
             INITIAL=inputs.initial_state is not None,
             PRECISION=self.config.precision,
+            LEVEL_PRECISION=self.config.level,
             PARTS=self.parts,
         )
 

@@ -20,6 +20,7 @@ from keras_mom_kernels.memory_scan.triton_common import (
     square_offsets,
     state_offsets,
     store_rows,
+    strong_gradient,
     tile_offsets,
 )
 from keras_mom_kernels.memory_scan.triton_decays import (
@@ -198,6 +199,7 @@ def crossing_gradients(
     dk = tl.zeros((C, BLOCK_K), tl.float32)
     ending = tl.zeros((C, BLOCK_K), tl.float32)
     d_beta = tl.zeros((C,), tl.float32)
+    strong = tl.zeros((C,), tl.float32)
     held = tl.zeros((BLOCK_K,), tl.float32)
     for start_v in range(0, V, BLOCK_V):
         values, filled = tile_offsets(row, count, head, heads, start_v, V, BLOCK_V, C)
@@ -220,12 +222,15 @@ def crossing_gradients(
             reads = operand(load_rows(reading_key, keys, inside), PRECISION)
             read = dot(reads, state, PRECISION) * into_key[:, None]
             d_beta -= tl.sum(x * read, axis=1)
+            strong += tl.sum(x * wrote.to(tl.float32), axis=1)
             weighted = operand(x * (strength * -into_key)[:, None], PRECISION)
             dk = dot_onto(dk, weighted, tl.trans(state), PRECISION)
         if BETA and blocks == 1:
             tl.debug_barrier()
             store_rows(write_grads, values, filled, x * strength[:, None])
     if BETA:
+        if DELTA:
+            d_beta = strong_gradient(d_beta, strong, strength, block)
         target = partials + (block.to(tl.int64) * rows + row) * heads + head
         tl.store(target + t * heads, d_beta, mask=t < count)
 
@@ -364,6 +369,8 @@ def level_gradients(
     store_rows(query_grad, keys, inside, dq)
     store_rows(key_grad, keys, inside, dk)
     if BETA:
+        # `crossing_gradients` has all of the others.
+        d_beta = strong_gradient(d_beta, d_beta * 0.0, strength, block)
         target = (block.to(tl.int64) * rows + row) * heads + head
         target = level_partials + target
         tl.store(target + t * heads, d_beta, mask=t < count)

@@ -221,3 +221,16 @@ def dot_square(
             square = tl.trans(square)
         total = dot_onto(total, square, rounded, PRECISION)
     return total
+
+
+@triton.jit
+def strong_gradient(gradient, product, strength, block):
+    """Gradients `[C]` of the write strengths, or a K block's share in them.
+
+    Where a strength is not 0, `X U / beta` is the same, and keeps more digits when
+    keys are correlated: `product` is `X U`, which only the first K block has to add.
+    """
+    positive = tl.where(strength > 0, strength, -strength) > 1e-20
+    exact = product / tl.where(positive, strength, 1.0)
+    first = tl.where(block == 0, 1.0, 0.0)
+    return tl.where(positive, exact * first, gradient)

@@ -96,6 +96,7 @@ def pair_rows(
     BETA: tl.constexpr,
     RESETS: tl.constexpr,
     PRECISION: tl.constexpr,
+    LEVEL_PRECISION: tl.constexpr,
     PARTS: tl.constexpr,
     ATTENTION: tl.constexpr,
 ):
@@ -128,8 +129,10 @@ def pair_rows(
                     coarse, fine, row, count, head, heads, start, half, C, K, BLOCK_K, 0
                 )
                 keep = level_mask(half, C, False)
-                right = tl.trans(operand(k * decay, PRECISION))
-                product = dot(operand(q * decay, PRECISION), right, PRECISION)
+                right = tl.trans(operand(k * decay, LEVEL_PRECISION))
+                product = dot(
+                    operand(q * decay, LEVEL_PRECISION), right, LEVEL_PRECISION
+                )
                 read += tl.where(keep, product, 0.0)
                 if DELTA:
                     if EXCLUSIVE:
@@ -147,7 +150,9 @@ def pair_rows(
                             BLOCK_K,
                             1,
                         )
-                    product = dot(operand(k * decay, PRECISION), right, PRECISION)
+                    product = dot(
+                        operand(k * decay, LEVEL_PRECISION), right, LEVEL_PRECISION
+                    )
                     erase += tl.where(keep, product, 0.0)
                 half *= 2
     else:

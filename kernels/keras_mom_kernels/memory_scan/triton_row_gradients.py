@@ -15,9 +15,11 @@ from keras_mom_kernels.memory_scan.triton_common import (
     load_column,
     load_rows,
     operand,
+    remainder,
     square_offsets,
     state_offsets,
     store_rows,
+    strong_gradient,
     tile_offsets,
 )
 from keras_mom_kernels.memory_scan.triton_decays import (
@@ -39,11 +41,16 @@ def _pairs_log_decay(
     """
     t = tl.arange(0, C)
     earlier = operand(tl.where(t[:, None] < t[None, :], 1.0, 0.0), PRECISION)
-    earlier = dot(operand(products, PRECISION), earlier, PRECISION)
+    rounded = operand(products, PRECISION)
+    total = dot(rounded, earlier, PRECISION)
+    if PRECISION == "bf16":
+        # Products of correlated keys nearly cancel in their sums.
+        rest = remainder(products, rounded, PRECISION)
+        total = dot_onto(total, rest, earlier, PRECISION)
     later = t[:, None] >= t[None, :]
     if EXCLUSIVE:
         later = t[:, None] > t[None, :]
-    return tl.sum(tl.where(later, earlier, 0.0), axis=0)
+    return tl.sum(tl.where(later, total, 0.0), axis=0)
 
 
 @triton.jit
@@ -233,6 +240,7 @@ def solve_gradients(
     # 2. Through the solve.
     dk = tl.zeros((C, BLOCK_K), tl.float32)
     d_beta = tl.zeros((C,), tl.float32)
+    strong = tl.zeros((C,), tl.float32)
     reading = tl.zeros((C,), tl.float32)
     erase = tl.zeros((C, C), tl.float32)
     k = operand(load_rows(key, keys, inside), PRECISION)
@@ -250,6 +258,7 @@ def solve_gradients(
             )
             state = operand(load_rows(states, kept, kept_mask), PRECISION)
             wrote = operand(load_rows(writes, values, filled), PRECISION)
+            strong += tl.sum(x * wrote.to(tl.float32), axis=1)
             solved = operand(solved, PRECISION)
             erase = dot_onto(erase, solved, tl.trans(wrote), PRECISION)
             reading -= tl.sum(x * dot(k, state, PRECISION), axis=1)
@@ -289,6 +298,8 @@ def solve_gradients(
             moved = _pairs_log_decay(weighted, C, EXCLUSIVE, PRECISION)
             tl.store(target + 5 * plane + t * heads, moved, mask=t < count)
     if BETA:
+        if DELTA:
+            d_beta = strong_gradient(d_beta, strong, strength, block)
         target = partials + (block.to(tl.int64) * rows + row) * heads + head
         tl.store(target + t * heads, d_beta, mask=t < count)
 
