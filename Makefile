@@ -15,6 +15,11 @@ RECALL_ARGS ?=
 # Keeps TensorFlow's start-up notices out of the output.
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
+# Test processes share what JAX has compiled.
+test: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/$(VENV)/jax-cache
+test: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.1
+test: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
+
 # The demo runs on the torch release that the tests run on.
 pins_torch := torch==2.13.0
 

@@ -10,6 +10,7 @@ from contracts.memory_scan import (
 )
 from keras import ops
 
+from keras_mom import backend
 from keras_mom.ops import dispatch, memory_scan
 
 
@@ -144,3 +145,9 @@ if keras.backend.backend() == "torch":
         for value in values:
             value.requires_grad_()
         torch.library.opcheck(_SCAN._forward, (values, key))
+
+    @pytest.mark.skipif(backend.accelerator() is not None, reason="a GPU is there")
+    def test_triton_kernels_need_a_gpu():
+        inputs = inputs_of(("head", "delta", False), T=2)
+        with pytest.raises(NotImplementedError, match="Triton kernels need a GPU"):
+            memory_scan(**inputs, implementation="triton")

@@ -1,11 +1,13 @@
 """The memory scan's Triton kernels, as an implementation of the operation on torch."""
 
-import os
-
 from keras_mom.ops.dispatch import register
 
 
-@register("memory_scan", "triton")
+@register(
+    "memory_scan",
+    "triton",
+    only_named="it has not been checked on a GPU; implementation='triton' asks for it",
+)
 def _triton(
     query,
     key,
@@ -22,7 +24,7 @@ def _triton(
     scale,
 ):
     device = query.device.type
-    if device not in ("cuda", "meta") and os.environ.get("TRITON_INTERPRET") != "1":
+    if device not in ("cuda", "meta"):
         raise NotImplementedError(
             f"the Triton kernels need a GPU; the tensors are on {device!r}"
         )
