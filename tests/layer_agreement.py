@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from keras import tree
 
-from tests.layer_helpers import assert_close, evaluate, relative_rms, tokens
+from tests.layer_helpers import assert_close, call, evaluate, relative_rms, tokens
 from tests.layer_reference import mom_layer, weights_of
 
 torch.set_num_threads(1)
@@ -45,6 +45,13 @@ def check_layer(layer, given, batch=2, length=75, smallest=0.0):
         else:
             error = _rms(of_weights[name] - gradients[name].numpy())
             assert error < 1e-4 * max(_rms(gradients[name]), floor), name
+
+
+def check_outputs(layer, given, batch=2, length=75):
+    """`check_layer` without gradients."""
+    inputs = tokens(batch, length, layer.router.kernel.shape[0])
+    expected = mom_layer(layer, weights_of(layer), inputs.astype("float64"), **given)
+    assert_close(call(layer, inputs, **given), expected, 1e-5)
 
 
 def _rms(x):
