@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 # The backend of `make demo`, and the backends of `make test` and `make bench-cpu`.
 BACKEND := $(or $(KERAS_BACKEND),jax)
 BACKENDS ?= jax torch tensorflow
-PYTEST_ARGS ?= -q -n 2
+PYTEST_ARGS ?= -q -n 2 --dist worksteal
 DEMO_ARGS ?=
 RECALL_ARGS ?=
 
