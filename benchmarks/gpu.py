@@ -2,6 +2,7 @@
 
     PYTHONPATH=kernels python benchmarks/gpu.py check    every shipped configuration
     PYTHONPATH=kernels python benchmarks/gpu.py time     MoM's shape and its peers'
+    PYTHONPATH=kernels python benchmarks/gpu.py profile  where MoM's shape spends it
     PYTHONPATH=kernels python benchmarks/gpu.py sweep    other launches at MoM's shape
 
 Plain torch, no Keras. `check` spreads over worker processes, since compilation takes
@@ -357,6 +358,24 @@ def run_timings():
             report(f"{shape.name}, aligned", shape, result)
 
 
+def run_profile():
+    """Prints the time of each kernel, forward and backward, at MoM's shape."""
+    shape = shapes()[0]
+    inputs, _ = timing_inputs(shape)
+    inputs, offsets = aligned(shape, inputs)
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    repeats, activities = 10, [torch.profiler.ProfilerActivity.CUDA]
+    for _ in range(2):
+        with torch.profiler.profile(activities=activities) as profile:
+            for _ in range(repeats):
+                memory_scan(**leaves, chunk_offsets=offsets)[0].sum().backward()
+            torch.cuda.synchronize()
+    for event in profile.key_averages():
+        milliseconds = event.device_time_total / repeats / 1e3
+        if milliseconds > 0.002:
+            print(f"{event.key[:70]:70} {event.count // repeats} {milliseconds:.3f} ms")
+
+
 def run_sweep():
     """Times other launches at MoM's shape, one kernel changed at a time."""
     shape = shapes()[0]
@@ -391,7 +410,7 @@ def run_sweep():
 
 def main():
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("what", choices=("check", "time", "sweep"))
+    parser.add_argument("what", choices=("check", "time", "profile", "sweep"))
     parser.add_argument("--workers", type=int, default=12)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -400,6 +419,8 @@ def main():
         sys.exit(1 if run_checks(arguments.workers) else 0)
     elif arguments.what == "time":
         run_timings()
+    elif arguments.what == "profile":
+        run_profile()
     else:
         run_sweep()
 
