@@ -17,12 +17,14 @@ class Launch(NamedTuple):
         block_v: value channels a program takes at a time, a power of two.
         warps: warps of a program.
         stages: stages of the loads of its loop.
+        registers: the most of a thread, on an NVIDIA GPU; None for as many as it takes.
     """
 
     block_k: int
     block_v: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 class Configuration(NamedTuple):
@@ -78,14 +80,14 @@ def configuration(key_dim, value_dim, dtype, decay, target="cuda", capability=90
     half = precision == "bf16"
     channel = decay == "channel"
     narrow = min(wide_v, 32)
-    wide = min(wide_v, 64)
     warps = 4 if wide_k <= 128 else 8
     if half:
         pairs = Launch(min(wide_k, 64 if channel else 128), 0, 8 if channel else 4, 1)
-        scan = reverse = Launch(wide_k, narrow, warps, 1)
-        states = Launch(wide_k, wide if wide_k <= 128 else narrow, warps, 1)
-        of_v = wide if wide_k <= 128 else narrow
-        gradients = Launch(min(wide_k, 64 if channel else 128), of_v, 8, 1)
+        # Not fewer channels: ptxas 12.8 miscompiles products of 16 or 32 columns.
+        stages = 2 if wide_k <= 128 else 1
+        scan = states = Launch(wide_k, 64, warps, stages)
+        reverse = Launch(wide_k, 64, warps, 1)
+        gradients = Launch(min(wide_k, 64 if channel else 128), 64, 8, 1)
     else:
         pairs = Launch(min(wide_k, 32), 0, 4, 1)
         scan = states = reverse = Launch(wide_k, narrow, 8, 1)

@@ -146,7 +146,10 @@ class Call:
         blocks = dict(BLOCK_K=launch.block_k, BLOCK_V=launch.block_v)
         known = {**self.arguments, **blocks, "STAGES": launch.stages, **arguments}
         taken = {name: known[name] for name in kernel.arg_names}
-        kernel[grid](**taken, num_warps=launch.warps, num_stages=launch.stages)
+        options = dict(num_warps=launch.warps, num_stages=launch.stages)
+        if launch.registers is not None and torch.version.hip is None:
+            options["maxnreg"] = launch.registers
+        kernel[grid](**taken, **options)
 
 
 def on(device):

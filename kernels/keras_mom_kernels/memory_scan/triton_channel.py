@@ -137,7 +137,6 @@ def crossing_gradients(
     coarse,
     fine,
     resets,
-    reading_key,
     states,
     state_grads,
     writes,
@@ -219,20 +218,11 @@ def crossing_gradients(
             own = load_rows(value, values, once).to(tl.float32)
             d_beta += tl.sum(x * own, axis=1)
         if DELTA:
-            reads = operand(load_rows(reading_key, keys, inside), PRECISION)
-            read = dot(reads, state, PRECISION) * into_key[:, None]
-            d_beta -= tl.sum(x * read, axis=1)
             strong += tl.sum(x * wrote.to(tl.float32), axis=1)
-            weighted = operand(x * (strength * -into_key)[:, None], PRECISION)
-            dk = dot_onto(dk, weighted, tl.trans(state), PRECISION)
+            dk = dot_onto(dk, operand(x, PRECISION), tl.trans(state), PRECISION)
         if BETA and blocks == 1:
             tl.debug_barrier()
             store_rows(write_grads, values, filled, x * strength[:, None])
-    if BETA:
-        if DELTA:
-            d_beta = strong_gradient(d_beta, strong, strength, block)
-        target = partials + (block.to(tl.int64) * rows + row) * heads + head
-        tl.store(target + t * heads, d_beta, mask=t < count)
 
     # 2. Through the decays: a log decay has what is read at its row and behind it, and
     # what is written before it.
@@ -245,7 +235,9 @@ def crossing_gradients(
     until = operand(tl.where(t[None, :] < t[:, None], 1.0, 0.0), PRECISION)
     dg = dot_right(dg, until, k * ending, PRECISION, False)
     if DELTA:
-        dk *= key_in
+        dk *= key_in * -into_key[:, None]
+        d_beta += tl.sum(k * dk, axis=1)
+        dk *= strength[:, None]
         later = t[None, :] >= t[:, None]
         if EXCLUSIVE:
             later = t[None, :] > t[:, None]
@@ -261,6 +253,11 @@ def crossing_gradients(
     since = operand(tl.where(t[None, :] >= t[:, None], 1.0, 0.0), PRECISION)
     dg = dot_right(dg, since, q * dq, PRECISION, False)
     store_rows(log_decay_grad, keys, inside, dg)
+    if BETA:
+        if DELTA:
+            d_beta = strong_gradient(d_beta, strong, strength, block)
+        target = partials + (block.to(tl.int64) * rows + row) * heads + head
+        tl.store(target + t * heads, d_beta, mask=t < count)
 
 
 @triton.jit

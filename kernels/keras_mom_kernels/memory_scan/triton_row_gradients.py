@@ -80,6 +80,7 @@ def row_gradients(
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    STAGES: tl.constexpr,
     LAYOUT: tl.constexpr,
     DECAY: tl.constexpr,
     RESETS: tl.constexpr,
@@ -121,7 +122,7 @@ def row_gradients(
     dk = tl.zeros((C, BLOCK_K), tl.float32)
     pairs = tl.zeros((C, C), tl.float32)
     held = tl.zeros((BLOCK_K,), tl.float32)
-    for start_v in range(0, V, BLOCK_V):
+    for start_v in tl.range(0, V, BLOCK_V, num_stages=STAGES):
         values, filled = tile_offsets(row, count, head, heads, start_v, V, BLOCK_V, C)
         kept, kept_mask = state_offsets(
             chunk, head, heads, start, start_v, K, V, BLOCK_K, BLOCK_V
@@ -199,6 +200,7 @@ def solve_gradients(
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    STAGES: tl.constexpr,
     LAYOUT: tl.constexpr,
     DECAY: tl.constexpr,
     DELTA: tl.constexpr,
@@ -241,10 +243,9 @@ def solve_gradients(
     dk = tl.zeros((C, BLOCK_K), tl.float32)
     d_beta = tl.zeros((C,), tl.float32)
     strong = tl.zeros((C,), tl.float32)
-    reading = tl.zeros((C,), tl.float32)
     erase = tl.zeros((C, C), tl.float32)
     k = operand(load_rows(key, keys, inside), PRECISION)
-    for start_v in range(0, V, BLOCK_V):
+    for start_v in tl.range(0, V, BLOCK_V, num_stages=STAGES):
         values, filled = tile_offsets(row, count, head, heads, start_v, V, BLOCK_V, C)
         solved = load_rows(write_grads, values, filled)
         x = solved.to(tl.float32)
@@ -261,15 +262,14 @@ def solve_gradients(
             strong += tl.sum(x * wrote.to(tl.float32), axis=1)
             solved = operand(solved, PRECISION)
             erase = dot_onto(erase, solved, tl.trans(wrote), PRECISION)
-            reading -= tl.sum(x * dot(k, state, PRECISION), axis=1)
-            weighted = operand(x * (strength * -into_key)[:, None], PRECISION)
-            dk = dot_onto(dk, weighted, tl.trans(state), PRECISION)
+            dk = dot_onto(dk, solved, tl.trans(state), PRECISION)
         if BETA and blocks == 1:
             tl.debug_barrier()
             store_rows(write_grads, values, filled, x * strength[:, None])
     if DELTA:
-        reading *= into_key
+        reading = -into_key * tl.sum(k.to(tl.float32) * dk, axis=1)
         d_beta += reading
+        dk *= (strength * -into_key)[:, None]
         erase = tl.where(same, -erase, 0.0)
         if DECAY == "head":
             erase *= head_pairs(
