@@ -87,7 +87,9 @@ def kernels(
     types |= dict.fromkeys(prepared, narrow if decay == "channel" else rows)
     types |= dict.fromkeys(("states", "state_grads", "writes", "squares"), narrow)
     types |= dict.fromkeys(("attention", "inverse"), narrow)
-    types |= dict.fromkeys(("final", "final_grad", "pairs", "partials"), "*fp32")
+    types |= dict.fromkeys(
+        ("final", "final_grad", "pairs", "partials", "row_partials"), "*fp32"
+    )
     types["level_partials"] = "*fp32"
     types["channels"] = "*fp32"
     types |= dict.fromkeys(_INTEGERS, "i32")
@@ -139,9 +141,8 @@ def kernels(
         add("sum_decays", triton_forward.sum_decays, small, BLOCK=block)
     add("pair_rows", triton_forward.pair_rows, config.pairs)
     if delta:
-        launch = small._replace(warps=1)
         solve = triton_forward.solve_pairs
-        add("solve_pairs", solve, launch, PRECISION=config.solve)
+        add("solve_pairs", solve, config.solve, PRECISION=config.exact)
     scan = triton_forward.scan_chunks
     add("scan_chunks", scan, config.scan, OUTPUT=True)
     add("scan_chunks-states", scan, config.states, OUTPUT=False)
@@ -154,10 +155,13 @@ def kernels(
     else:
         gradients = triton_row_gradients
         add("row_gradients", gradients.row_gradients, config.gradients)
-        add("solve_gradients", gradients.solve_gradients, config.gradients)
-    blocks = -(-key_dim // config.gradients.block_k)
+        add("solve_gradients", gradients.solve_gradients, config.solve_gradients)
+    row_blocks = -(-key_dim // config.gradients.block_k)
+    blocks = row_blocks
+    if decay != "channel":
+        blocks = -(-key_dim // config.solve_gradients.block_k)
     levels = -(-key_dim // config.levels.block_k)
-    sums = dict(BLOCK=16, BLOCKS=blocks, LEVELS=levels)
+    sums = dict(BLOCK=16, ROW_BLOCKS=row_blocks, BLOCKS=blocks, LEVELS=levels)
     add("sum_partials", triton_row_gradients.sum_partials, small, **sums)
     return result, types
 

@@ -35,26 +35,29 @@ class Configuration(NamedTuple):
             `"tf32"`, `"tf32x3"` or `"ieee"`.
         split: whether float32 operands of bf16 products go in two parts, which keeps
             the outputs of strongly correlated keys within 5e-3.
-        solve: precision of the products of `solve_pairs`, on blocks of 16.
+        exact: precision of the products of `solve_pairs`, on blocks of 16.
         level: precision of the products of rows decayed by channel.
         pairs: of `pair_rows`.
+        solve: of `solve_pairs`.
         scan: of `scan_chunks`.
         states: of `scan_chunks` in the backward pass.
         reverse: of `scan_gradients`.
-        gradients: of `row_gradients` and what follows it, and of the like for
-            channels.
+        gradients: of `row_gradients`, and of the like for channels.
+        solve_gradients: of `solve_gradients`.
         levels: of `decay_rows` and `level_gradients`.
     """
 
     precision: str
     split: bool
-    solve: str
+    exact: str
     level: str
     pairs: Launch
+    solve: Launch
     scan: Launch
     states: Launch
     reverse: Launch
     gradients: Launch
+    solve_gradients: Launch
     levels: Launch
 
 
@@ -87,19 +90,33 @@ def configuration(key_dim, value_dim, dtype, decay, target="cuda", capability=90
         stages = 2 if wide_k <= 128 else 1
         scan = states = Launch(wide_k, 64, warps, stages)
         reverse = Launch(wide_k, 64, warps, 1)
-        gradients = Launch(min(wide_k, 64 if channel else 128), 64, 8, 1)
+        solve = Launch(0, 0, 1, 1, 160)
+        gradients = Launch(min(wide_k, 64), 64, *((8, 1) if channel else (4, 2)))
+        solve_gradients = Launch(min(wide_k, 128), 64, 4, 1)
     else:
         pairs = Launch(min(wide_k, 32), 0, 4, 1)
         scan = states = reverse = Launch(wide_k, narrow, 8, 1)
-        gradients = Launch(min(wide_k, 32), narrow, 8, 1)
+        solve = Launch(0, 0, 1, 1)
+        gradients = solve_gradients = Launch(min(wide_k, 32), narrow, 8, 1)
     levels = Launch(min(wide_k, 32), 0, 8, 1)
-    solve = "tf32x3" if target == "cuda" and capability >= 90 else "ieee"
+    exact = "tf32x3" if target == "cuda" and capability >= 90 else "ieee"
     level = precision
     if half:
         # Rounded to bfloat16, pairs of correlated keys would differ too much.
         level = "tf32" if target == "cuda" else "ieee"
     return Configuration(
-        precision, half, solve, level, pairs, scan, states, reverse, gradients, levels
+        precision,
+        half,
+        exact,
+        level,
+        pairs,
+        solve,
+        scan,
+        states,
+        reverse,
+        gradients,
+        solve_gradients,
+        levels,
     )
 
 

@@ -228,8 +228,8 @@ def _prepare(call, inputs):
     call.arguments["attention"] = attention
     if call.delta:
         inverse = call.empty(*shape, dtype=call.narrow)
-        solve = dict(pairs=pairs, inverse=inverse, PRECISION=call.config.solve)
-        call.run(solve_pairs, grid, _SMALL._replace(warps=1), **solve)
+        solve = dict(pairs=pairs, inverse=inverse, PRECISION=call.config.exact)
+        call.run(solve_pairs, grid, call.config.solve, **solve)
         call.arguments["inverse"] = inverse
 
 
@@ -304,17 +304,20 @@ def backward(
     del arguments["attention"], arguments["inverse"]
 
     # 3. Everything else, all chunks at once.
-    blocks = triton.cdiv(key_dim, config.gradients.block_k)
-    grid = (blocks * call.heads * call.chunks,)
+    row_blocks = triton.cdiv(key_dim, config.gradients.block_k)
+    grid = (row_blocks * call.heads * call.chunks,)
+    blocks, levels = row_blocks, 0
+    if call.decay != "channel":
+        blocks = triton.cdiv(key_dim, config.solve_gradients.block_k)
     log_decay, beta = inputs.log_decay, inputs.beta
     arguments.update(
         query_grad=new(inputs.query),
         key_grad=new(inputs.key),
         log_decay_grad=None if log_decay is None else new(log_decay),
         beta_grad=None if beta is None else new(beta),
-        partials=call.empty(6, blocks, call.rows, call.heads),
+        row_partials=call.empty(3, row_blocks, call.rows, call.heads),
+        partials=call.empty(3, blocks, call.rows, call.heads),
     )
-    levels = 0
     arguments["level_partials"] = None
     if call.decay == "channel":
         shape = (call.chunks, call.heads, 2, CHUNK_SIZE, CHUNK_SIZE)
@@ -329,11 +332,12 @@ def backward(
         squares = call.empty(*grid, CHUNK_SIZE, CHUNK_SIZE, dtype=call.narrow)
         call.run(row_gradients, grid, config.gradients, squares=squares)
         if call.delta or beta is not None:
-            call.run(solve_gradients, grid, config.gradients, squares=squares)
+            grid = (blocks * call.heads * call.chunks,)
+            call.run(solve_gradients, grid, config.solve_gradients, squares=squares)
     if beta is not None or call.decay == "head":
         block = min(32, power_of_two(call.heads))
         grid = (call.chunks, triton.cdiv(call.heads, block))
-        sums = dict(BLOCK=block, BLOCKS=blocks, LEVELS=levels)
+        sums = dict(BLOCK=block, ROW_BLOCKS=row_blocks, BLOCKS=blocks, LEVELS=levels)
         call.run(sum_partials, grid, _SMALL, **sums)
     if beta is not None and blocks > 1:
         arguments["write_grads"] *= beta[..., None]

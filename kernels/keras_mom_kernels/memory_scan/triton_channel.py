@@ -168,7 +168,7 @@ def crossing_gradients(
     """Gradients of a chunk's rows from all that crosses its borders.
 
     BLOCK_K channels of those of query, key and log decay; those of `beta` go to the
-    first plane of `partials`, `[6, K blocks, rows, H]`. With one K block and BETA, X
+    first plane of `partials`, `[3, K blocks, rows, H]`. With one K block and BETA, X
     in `write_grads` becomes the gradient of the values, beta X.
     """
     blocks: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K

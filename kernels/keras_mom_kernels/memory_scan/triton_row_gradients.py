@@ -66,7 +66,7 @@ def row_gradients(
     output_grad,
     query_grad,
     key_grad,
-    partials,
+    row_partials,
     squares,
     table,
     length,
@@ -89,7 +89,7 @@ def row_gradients(
     """Gradients of a chunk's rows but for what comes through the solve.
 
     Without decay or with one a head; BLOCK_K channels of those of query and key. What
-    those of log decays are sums of goes to `partials`, `[6, K blocks, rows, H]`.
+    those of log decays are sums of goes to `row_partials`, `[3, K blocks, rows, H]`.
     """
     blocks: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     block = tl.program_id(0) % blocks
@@ -142,11 +142,11 @@ def row_gradients(
     dk *= to_end[:, None]
     if DECAY == "head":
         plane = rows.to(tl.int64) * heads * blocks
-        target = partials + (block.to(tl.int64) * rows + row) * heads + head
+        target = row_partials + (block.to(tl.int64) * rows + row) * heads + head
         reads = tl.sum(q.to(tl.float32) * dq, axis=1)
-        tl.store(target + plane + t * heads, reads, mask=t < count)
+        tl.store(target + t * heads, reads, mask=t < count)
         ends = tl.sum(k.to(tl.float32) * dk, axis=1)
-        tl.store(target + 2 * plane + t * heads, ends, mask=t < count)
+        tl.store(target + plane + t * heads, ends, mask=t < count)
         moved = tl.zeros((C,), tl.float32) + tl.sum(held, axis=0) * whole
 
     # 3. Through the query-key products. A square is stored and read again where it is
@@ -172,7 +172,7 @@ def row_gradients(
 
     store_rows(key_grad, keys, inside, dk)
     if DECAY == "head":
-        tl.store(target + 4 * plane + t * heads, moved, mask=t < count)
+        tl.store(target + 2 * plane + t * heads, moved, mask=t < count)
 
 
 @triton.jit
@@ -211,7 +211,7 @@ def solve_gradients(
 ):
     """Gradients of a chunk's rows through the solve, and of `beta` and the values.
 
-    Those of keys are added to `key_grad`; `partials` as in `row_gradients`. With one
+    Those of keys are added to `key_grad`; `partials` is like `row_partials`. With one
     K block and BETA, X in `write_grads` becomes the gradient of the values, beta X.
     """
     blocks: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
@@ -293,10 +293,10 @@ def solve_gradients(
             d_beta += tl.sum(weighted, axis=1)
         if DECAY == "head":
             reading *= strength
-            tl.store(target + 3 * plane + t * heads, reading, mask=t < count)
+            tl.store(target + plane + t * heads, reading, mask=t < count)
             weighted *= strength[:, None]
             moved = _pairs_log_decay(weighted, C, EXCLUSIVE, PRECISION)
-            tl.store(target + 5 * plane + t * heads, moved, mask=t < count)
+            tl.store(target + 2 * plane + t * heads, moved, mask=t < count)
     if BETA:
         if DELTA:
             d_beta = strong_gradient(d_beta, strong, strength, block)
@@ -317,6 +317,7 @@ def _partial(partials, plane, rows, heads, offsets, mask, BLOCKS: tl.constexpr):
 
 @triton.jit
 def sum_partials(
+    row_partials,
     partials,
     level_partials,
     log_decay,
@@ -330,6 +331,7 @@ def sum_partials(
     C: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROW_BLOCKS: tl.constexpr,
     BLOCKS: tl.constexpr,
     LEVELS: tl.constexpr,
     LAYOUT: tl.constexpr,
@@ -352,19 +354,21 @@ def sum_partials(
     if DECAY == "head":
         # A log decay decays what is read at its row and behind it, and what is
         # written before it.
-        later = _partial(partials, 1, rows, heads, offsets, mask, BLOCKS)
+        later = _partial(row_partials, 0, rows, heads, offsets, mask, ROW_BLOCKS)
         before = mask & (t > 0)[:, None]
-        ends = _partial(partials, 2, rows, heads, offsets - heads, before, BLOCKS)
+        ends = _partial(
+            row_partials, 1, rows, heads, offsets - heads, before, ROW_BLOCKS
+        )
         total = tl.cumsum(ends, axis=0)
         if DELTA:
             reading, present = offsets, mask
             if EXCLUSIVE:
                 reading, present = offsets + heads, mask & (t + 1 < count)[:, None]
-            later += _partial(partials, 3, rows, heads, reading, present, BLOCKS)
+            later += _partial(partials, 1, rows, heads, reading, present, BLOCKS)
         total += tl.cumsum(later, axis=0, reverse=True)
-        total += _partial(partials, 4, rows, heads, offsets, mask, BLOCKS)
+        total += _partial(row_partials, 2, rows, heads, offsets, mask, ROW_BLOCKS)
         if DELTA:
-            total += _partial(partials, 5, rows, heads, offsets, mask, BLOCKS)
+            total += _partial(partials, 2, rows, heads, offsets, mask, BLOCKS)
         step = tl.load(log_decay + offsets, mask=mask, other=0.0).to(tl.float32)
         total = tl.where(step >= LOWEST_LOG_DECAY, total, 0.0)
         store_rows(log_decay_grad, offsets, mask, total)
