@@ -15,7 +15,9 @@ from keras_mom_kernels.memory_scan import (
     triton_backward,
     triton_channel,
     triton_forward,
+    triton_prepare,
     triton_row_gradients,
+    triton_splits,
 )
 from keras_mom_kernels.memory_scan.configurations import (
     CHUNK_SIZE,
@@ -25,7 +27,7 @@ from keras_mom_kernels.memory_scan.configurations import (
 )
 
 _POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
-_INTEGERS = ("length", "chunks", "segments", "heads", "rows", "width")
+_INTEGERS = ("splits", "length", "chunks", "segments", "heads", "rows", "width")
 
 
 class Kernel(NamedTuple):
@@ -103,6 +105,9 @@ def kernels(
         types |= dict.fromkeys(("initial", "initial_grad"), "*fp32")
     if resets:
         types["resets"] = "*i32"
+    types["first"] = "*i32"
+    joined = ("transitions", "ends", "start", "befores", "last")
+    types |= dict.fromkeys(joined, "*fp32")
     if layout == "ragged":
         types["table"] = "*i32"
     if layout != "batch":
@@ -138,15 +143,25 @@ def kernels(
     if decays:
         width = 8 * (key_dim if decay == "channel" else 1)
         block = min(64, power_of_two(width))
-        add("sum_decays", triton_forward.sum_decays, small, BLOCK=block)
-    add("pair_rows", triton_forward.pair_rows, config.pairs)
+        add("sum_decays", triton_prepare.sum_decays, small, BLOCK=block)
+    add("pair_rows", triton_prepare.pair_rows, config.pairs)
     if delta:
-        solve = triton_forward.solve_pairs
+        solve = triton_prepare.solve_pairs
         add("solve_pairs", solve, config.solve, PRECISION=config.exact)
     scan = triton_forward.scan_chunks
-    add("scan_chunks", scan, config.scan, OUTPUT=True)
-    add("scan_chunks-states", scan, config.states, OUTPUT=False)
-    add("scan_gradients", triton_backward.scan_gradients, config.reverse)
+    modes = dict(OUTPUT=False, STATES=False, FINAL=False, IDENTITY=False)
+    add("scan_chunks", scan, config.scan, **modes | dict(OUTPUT=True, FINAL=True))
+    add("scan_chunks-states", scan, config.states, **modes | dict(STATES=True))
+    add("scan_chunks-ends", scan, config.states, **modes | dict(FINAL=True))
+    transition = modes | dict(FINAL=True, IDENTITY=True, INITIAL=False, V=key_dim)
+    add("scan_chunks-transitions", scan, config.states, **transition)
+    reverse = triton_backward.scan_gradients
+    add("scan_gradients", reverse, config.reverse, STATES=True, FINAL=True)
+    modes = dict(START=True, LAST=True, PRECISION=config.exact)
+    modes |= dict(BLOCK_K=power_of_two(key_dim), STEP=config.join.block_k)
+    for name, backward in (("join_splits", False), ("join_splits-back", True)):
+        join = triton_splits.join_splits
+        add(name, join, config.join, BACKWARD=backward, **modes)
     if decay == "channel":
         add("decay_rows", triton_channel.decay_rows, config.levels)
         for name in ("square_gradients", "crossing_gradients"):

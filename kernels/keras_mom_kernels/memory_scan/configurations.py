@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 # C, the rows of a chunk.
 CHUNK_SIZE = 64
+# Programs that keep a chip busy, and the fewest chunks of a split.
+_BUSY = 256
+_SHORTEST_SPLIT = 8
 
 
 class Launch(NamedTuple):
@@ -45,6 +48,7 @@ class Configuration(NamedTuple):
         gradients: of `row_gradients`, and of the like for channels.
         solve_gradients: of `solve_gradients`.
         levels: of `decay_rows` and `level_gradients`.
+        join: of `join_splits`; its `block_k` are the rows it takes at a time.
     """
 
     precision: str
@@ -59,6 +63,7 @@ class Configuration(NamedTuple):
     gradients: Launch
     solve_gradients: Launch
     levels: Launch
+    join: Launch
 
 
 def configuration(key_dim, value_dim, dtype, decay, target="cuda", capability=90):
@@ -117,7 +122,24 @@ def configuration(key_dim, value_dim, dtype, decay, target="cuda", capability=90
         gradients,
         solve_gradients,
         levels,
+        Launch(16 if wide_k > 128 else 32, 16, 4, 1),
     )
+
+
+def split_length(chunks, segments, programs):
+    """Chunks of a split of long segments, or None if they are scanned whole.
+
+    Splitting triples what is computed, so it has to fill a chip that was mostly idle.
+
+    Args:
+        chunks, segments: of a call.
+        programs: that scan one segment, one a head and block of value channels.
+    """
+    wanted = _BUSY // programs
+    length = max(_SHORTEST_SPLIT, -(-chunks // max(wanted, 1)))
+    if 4 * segments > wanted or chunks < 2 * segments * length:
+        return None
+    return length
 
 
 def power_of_two(size):

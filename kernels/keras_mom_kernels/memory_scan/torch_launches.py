@@ -14,6 +14,11 @@ from keras_mom_kernels.memory_scan.configurations import (
     configuration,
     power_of_two,
 )
+from keras_mom_kernels.memory_scan.torch_splits import (
+    gradients_behind,
+    make_splits,
+    states_before,
+)
 from keras_mom_kernels.memory_scan.triton_backward import scan_gradients
 from keras_mom_kernels.memory_scan.triton_channel import (
     crossing_gradients,
@@ -21,9 +26,9 @@ from keras_mom_kernels.memory_scan.triton_channel import (
     level_gradients,
     square_gradients,
 )
-from keras_mom_kernels.memory_scan.triton_forward import (
+from keras_mom_kernels.memory_scan.triton_forward import scan_chunks
+from keras_mom_kernels.memory_scan.triton_prepare import (
     pair_rows,
-    scan_chunks,
     solve_pairs,
     sum_decays,
 )
@@ -255,7 +260,15 @@ def _scan(call, launch, value_dim, **outputs):
     blocks = triton.cdiv(value_dim, launch.block_v)
     targets = dict.fromkeys(("output", "final", "states", "writes")) | outputs
     grid = (blocks * call.heads * call.segments,)
-    call.run(scan_chunks, grid, launch, OUTPUT="output" in outputs, **targets)
+    flags = {name.upper(): name in outputs for name in ("output", "states", "final")}
+    call.run(scan_chunks, grid, launch, **flags, IDENTITY=False, **targets)
+
+
+def _use_splits(call, splits, final=None):
+    """From here on splits are scanned, each from the state before it."""
+    before = states_before(call, splits, call.arguments["initial"], final)
+    call.segments = splits.rows * splits.count
+    call.arguments.update(splits.arguments(), initial=before, INITIAL=True)
 
 
 def forward(inputs, write, erase_before_decay, scale, chunk_rows):
@@ -265,8 +278,12 @@ def forward(inputs, write, erase_before_decay, scale, chunk_rows):
     new = torch.empty_like if inputs.cu_seqlens is None else torch.zeros_like
     output, final = new(inputs.value), call.empty(*state_shape(inputs))
     _prepare(call, inputs)
-    value_dim = inputs.value.shape[-1]
-    _scan(call, call.config.scan, value_dim, output=output, final=final)
+    value_dim, splits = inputs.value.shape[-1], make_splits(call)
+    if splits is None:
+        _scan(call, call.config.scan, value_dim, output=output, final=final)
+    else:
+        _use_splits(call, splits, final)
+        _scan(call, call.config.scan, value_dim, output=output)
     return output, final
 
 
@@ -294,13 +311,19 @@ def backward(
         writes=torch.empty_like(inputs.value, dtype=call.narrow),
         write_grads=new(inputs.value),
     )
+    splits = make_splits(call)
+    if splits is not None:
+        behind = gradients_behind(call, splits, final_grad, initial_grad)
+        arguments.update(final_grad=behind, initial_grad=None)
+        _use_splits(call, splits)
     outputs = {name: arguments[name] for name in ("states", "writes")}
     _scan(call, config.states, value_dim, **outputs)
 
     # 2. The gradients of the states behind each chunk, and of the writes.
     blocks = triton.cdiv(value_dim, config.reverse.block_v)
     grid = (blocks * call.heads * call.segments,)
-    call.run(scan_gradients, grid, config.reverse)
+    flags = dict(INITIAL=arguments["initial_grad"] is not None, STATES=True, FINAL=True)
+    call.run(scan_gradients, grid, config.reverse, **flags)
     del arguments["attention"], arguments["inverse"]
 
     # 3. Everything else, all chunks at once.

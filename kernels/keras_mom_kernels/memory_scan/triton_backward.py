@@ -70,12 +70,16 @@ def scan_gradients(
     BETA: tl.constexpr,
     RESETS: tl.constexpr,
     INITIAL: tl.constexpr,
+    STATES: tl.constexpr,
+    FINAL: tl.constexpr,
     PRECISION: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Writes N to `state_grads` `[chunks, H, K, V]` and X to `write_grads`.
+    """Hands the gradient of the state back, from `final_grad` with FINAL, else from 0.
 
-    With INITIAL also the gradient of the initial state. BLOCK_K holds all key channels.
+    With STATES it writes N to `state_grads` `[chunks, H, K, V]` and X to
+    `write_grads`, with INITIAL the gradient of the initial state. BLOCK_K holds all
+    key channels.
     """
     blocks: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     start_v = (tl.program_id(0) % blocks) * BLOCK_V
@@ -85,7 +89,9 @@ def scan_gradients(
     place, held = state_offsets(
         segment, head, heads, 0, start_v, K, V, BLOCK_K, BLOCK_V
     )
-    state_grad = tl.load(final_grad + place, mask=held, other=0.0)
+    state_grad = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
+    if FINAL:
+        state_grad = tl.load(final_grad + place, mask=held, other=0.0)
 
     for step in tl.range(0, end - begin, num_stages=STAGES):
         chunk = end - 1 - step
@@ -94,10 +100,11 @@ def scan_gradients(
         values, filled = tile_offsets(row, count, head, heads, start_v, V, BLOCK_V, C)
         out = operand(load_rows(output_grad, values, filled), PRECISION)
         next_grad = operand(state_grad, PRECISION)
-        kept, kept_mask = state_offsets(
-            chunk, head, heads, 0, start_v, K, V, BLOCK_K, BLOCK_V
-        )
-        store_rows(state_grads, kept, kept_mask, state_grad)
+        if STATES:
+            kept, kept_mask = state_offsets(
+                chunk, head, heads, 0, start_v, K, V, BLOCK_K, BLOCK_V
+            )
+            store_rows(state_grads, kept, kept_mask, state_grad)
 
         # 1. Decays, as in `scan_chunks`.
         if DECAY == "head":
@@ -137,7 +144,8 @@ def scan_gradients(
             grad = dot_square(
                 none, inverse, square, grad, True, PARTS, False, PRECISION, C
             )
-        store_rows(write_grads, values, filled, grad)
+        if STATES:
+            store_rows(write_grads, values, filled, grad)
 
         # 3. Gradient of the state before the chunk.
         q = operand(load_rows(reading_query, keys, inside), PRECISION)
