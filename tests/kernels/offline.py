@@ -76,7 +76,7 @@ def kernels(
     `layout` is `"segments"`, `"batch"` or `"ragged"`.
     """
     config = config or configuration(
-        key_dim, value_dim, dtype, decay, target, capability
+        key_dim, value_dim, dtype, decay, erase_before_decay, target, capability
     )
     rows = _POINTERS[dtype]
     narrow = "*bf16" if config.precision == "bf16" else "*fp32"

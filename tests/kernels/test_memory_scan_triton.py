@@ -12,6 +12,8 @@ from keras_mom_kernels.memory_scan.shapes import CASES, Case, make_inputs
 
 pytest.importorskip("triton")
 
+from keras_mom_kernels.memory_scan import torch_splits  # noqa: E402
+from keras_mom_kernels.memory_scan.configurations import split_length  # noqa: E402
 from keras_mom_kernels.memory_scan.torch import memory_scan  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -177,6 +179,41 @@ def test_states_of_aligned_segments():
     expected = torch.zeros_like(initial)
     expected[:, 1] = 1
     assert torch.equal(initial.grad, expected)
+
+
+@pytest.mark.parametrize(
+    "decay, erase_before_decay", (("head", False), ("channel", True))
+)
+def test_splits_of_packed_sequences(monkeypatch, decay, erase_before_decay):
+    case = Case("", B=1, T=204, H=1, K=20, V=18, cu_seqlens=(0, 0, 1, 195, 200))
+    case = case._replace(decay=decay, erase_before_decay=erase_before_decay)
+    monkeypatch.setattr(torch_splits, "split_length", lambda *shapes: 2)
+    assert_agree(tensors_of(case), case.dtype, case.write, case.erase_before_decay)
+
+
+def test_splits_of_aligned_segments_and_resets(monkeypatch):
+    # 2 batch rows of 7 chunks of 16 rows: segments of 5, 0 and 2, and of 1, 6 and 0.
+    offsets = torch.tensor([[0, 5, 5, 7], [0, 1, 7, 7]], dtype=torch.int32)
+    case = Case("", T=112, H=2, K=16, V=16, initial_state=False)
+    tensors = tensors_of(case)
+    tensors["initial_state"] = torch.randn(2, 3, 2, 16, 16, device=DEVICE)
+    resets = torch.zeros((2, 112), dtype=torch.int32, device=DEVICE)
+    resets[0, 40] = resets[1, 20] = 1
+    how = dict(chunk_offsets=offsets.to(DEVICE), chunk_size=16, resets=resets)
+    cotangents = [torch.randn_like(x) for x in memory_scan(**tensors, **how)]
+    whole = with_gradients(memory_scan, tensors, cotangents, **how)
+    monkeypatch.setattr(torch_splits, "split_length", lambda *shapes: 2)
+    cut = with_gradients(memory_scan, tensors, cotangents, **how)
+    for x, y in zip(cut[0], whole[0]):
+        assert 0 < error(x, y) <= 1e-6
+    for name, y in whole[1].items():
+        assert error(cut[1][name], y) <= 1e-5, name
+
+
+def test_what_is_split_is_long_and_few():
+    assert split_length(chunks=512, segments=1, programs=16) == 32
+    assert split_length(chunks=512, segments=32, programs=16) is None
+    assert split_length(chunks=15, segments=1, programs=16) is None
 
 
 def test_batch_rows_and_runs_do_not_matter():

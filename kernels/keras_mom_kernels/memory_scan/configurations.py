@@ -66,7 +66,9 @@ class Configuration(NamedTuple):
     join: Launch
 
 
-def configuration(key_dim, value_dim, dtype, decay, target="cuda", capability=90):
+def configuration(
+    key_dim, value_dim, dtype, decay, exclusive=False, target="cuda", capability=90
+):
     """The configuration of a call.
 
     Args:
@@ -74,10 +76,10 @@ def configuration(key_dim, value_dim, dtype, decay, target="cuda", capability=90
         dtype: `"bfloat16"`, `"float16"` or `"float32"`, of query, key and value;
             `"float32"` for mixed ones.
         decay: `"none"`, `"head"` or `"channel"`.
+        exclusive: whether the delta rule erases before the decay.
         target: `"cuda"` or `"hip"`.
         capability: of the GPU, such as 80 or 90; counts for `"cuda"` only.
     """
-    wide_k, wide_v = power_of_two(key_dim), power_of_two(value_dim)
     if dtype == "bfloat16":
         precision = "bf16"
     elif target != "cuda" or capability < 90:
@@ -86,12 +88,15 @@ def configuration(key_dim, value_dim, dtype, decay, target="cuda", capability=90
     else:
         precision = "tf32" if dtype == "float16" else "tf32x3"
     half = precision == "bf16"
+    # Not fewer channels: ptxas 12.8 miscompiles such products for sm_90.
+    least = 64 if half else 32
+    wide_k = max(least, power_of_two(key_dim))
+    wide_v = max(least, power_of_two(value_dim))
     channel = decay == "channel"
     narrow = min(wide_v, 32)
     warps = 4 if wide_k <= 128 else 8
     if half:
         pairs = Launch(min(wide_k, 64 if channel else 128), 0, 8 if channel else 4, 1)
-        # Not fewer channels: ptxas 12.8 miscompiles products of 16 or 32 columns.
         stages = 2 if wide_k <= 128 else 1
         scan = states = Launch(wide_k, 64, warps, stages)
         reverse = Launch(wide_k, 64, warps, 1)
@@ -103,7 +108,8 @@ def configuration(key_dim, value_dim, dtype, decay, target="cuda", capability=90
         scan = states = reverse = Launch(wide_k, narrow, 8, 1)
         solve = Launch(0, 0, 1, 1)
         gradients = solve_gradients = Launch(min(wide_k, 32), narrow, 8, 1)
-    levels = Launch(min(wide_k, 32), 0, 8, 1)
+    # Of 32 channels, ptxas 12.8 miscompiles the exclusive form for bfloat16.
+    levels = Launch(64 if half and exclusive else 32, 0, 8, 1)
     exact = "tf32x3" if target == "cuda" and capability >= 90 else "ieee"
     level = precision
     if half:

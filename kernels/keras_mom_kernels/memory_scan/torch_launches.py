@@ -28,6 +28,7 @@ from keras_mom_kernels.memory_scan.triton_channel import (
 )
 from keras_mom_kernels.memory_scan.triton_forward import scan_chunks
 from keras_mom_kernels.memory_scan.triton_prepare import (
+    list_chunks,
     pair_rows,
     solve_pairs,
     sum_decays,
@@ -89,7 +90,8 @@ class Call:
         if log_decay is not None:
             decay = "head" if log_decay.ndim == 3 else "channel"
         self.device = key.device
-        self.config = _configuration(inputs, decay)
+        exclusive = bool(erase_before_decay) and write == "delta" and decay != "none"
+        self.config = _configuration(inputs, decay, exclusive)
         bf16 = self.config.precision == "bf16"
         self.narrow = torch.bfloat16 if bf16 else torch.float32
         self.parts = 2 if self.config.split else 1
@@ -132,7 +134,7 @@ class Call:
             SEGMENTED=offsets is not None,
             DECAY=decay,
             DELTA=self.delta,
-            EXCLUSIVE=bool(erase_before_decay) and self.delta and decay != "none",
+            EXCLUSIVE=exclusive,
             BETA=inputs.beta is not None,
             RESETS=inputs.resets is not None,
             INITIAL=inputs.initial_state is not None,
@@ -164,7 +166,7 @@ def on(device):
     return contextlib.nullcontext()
 
 
-def _configuration(inputs, decay):
+def _configuration(inputs, decay, exclusive):
     dtypes = {inputs.query.dtype, inputs.key.dtype, inputs.value.dtype}
     name = str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else "float32"
     target, capability = "cuda", 90
@@ -174,7 +176,7 @@ def _configuration(inputs, decay):
         major, minor = torch.cuda.get_device_capability(inputs.key.device)
         capability = 10 * major + minor
     sizes = inputs.key.shape[-1], inputs.value.shape[-1]
-    return configuration(*sizes, name, decay, target, capability)
+    return configuration(*sizes, name, decay, exclusive, target, capability)
 
 
 def _layout(inputs, chunk_rows):
@@ -190,14 +192,22 @@ def _chunk_table(cu_seqlens, chunks, chunk_rows):
         int32 `[chunks, 2]`, first row and rows of each chunk, no rows for those that
         are not needed; int32 `[1, S + 1]`, the first chunk of each sequence.
     """
-    needed = (torch.diff(cu_seqlens) + (chunk_rows - 1)) // chunk_rows
-    offsets = torch.nn.functional.pad(needed.cumsum(0, dtype=torch.int32), (1, 0))
-    chunk = torch.arange(chunks, dtype=torch.int32, device=cu_seqlens.device)
-    segment = torch.searchsorted(offsets[1:], chunk, right=True)
-    segment = segment.clamp(max=cu_seqlens.shape[0] - 2)
-    row = cu_seqlens[segment] + (chunk - offsets[segment]) * chunk_rows
-    count = (cu_seqlens[segment + 1] - row).clamp(0, chunk_rows)
-    return torch.stack([row, count], dim=1).to(torch.int32), offsets[None]
+    sequences = cu_seqlens.shape[0] - 1
+    table = cu_seqlens.new_empty((chunks, 2))
+    offsets = cu_seqlens.new_empty((1, sequences + 1))
+    block = 64
+    list_chunks[(triton.cdiv(max(chunks, 1), block),)](
+        cu_seqlens,
+        table,
+        offsets,
+        sequences,
+        chunks,
+        ROWS=chunk_rows,
+        BLOCK=block,
+        BLOCK_S=min(64, power_of_two(sequences)),
+        num_warps=4,
+    )
+    return table, offsets
 
 
 def _reset_counts(resets, chunks, chunk_rows):

@@ -100,8 +100,8 @@ def scan_chunks(
     if INITIAL:
         state = tl.load(initial + place, mask=held, other=0.0)
     if IDENTITY:
-        k = tl.arange(0, BLOCK_K)[:, None]
-        state = tl.where(k == start_v + tl.arange(0, BLOCK_V)[None, :], 1.0, 0.0)
+        diagonal = start_v + tl.arange(0, BLOCK_V)[None, :]
+        state = tl.where(tl.arange(0, BLOCK_K)[:, None] == diagonal, 1.0, 0.0)
 
     for step in tl.range(0, end - begin, num_stages=STAGES):
         chunk = begin + step

@@ -33,6 +33,47 @@ from keras_mom_kernels.memory_scan.triton_decays import (
 
 
 @triton.jit
+def list_chunks(
+    cu_seqlens,
+    table,
+    offsets,
+    sequences,
+    chunks,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """First row and rows of each chunk, and the first chunk of each sequence.
+
+    `table` int32 `[chunks, 2]`, of which a program writes BLOCK rows, `offsets` int32
+    `[sequences + 1]`. Chunks that no sequence needs have no rows.
+    """
+    chunk = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.zeros((BLOCK,), tl.int32)
+    count = tl.zeros((BLOCK,), tl.int32)
+    total = 0
+    for start in range(0, sequences, BLOCK_S):
+        sequence = start + tl.arange(0, BLOCK_S)
+        known = sequence < sequences
+        row = tl.load(cu_seqlens + sequence, mask=known, other=0)
+        length = tl.load(cu_seqlens + sequence + 1, mask=known, other=0) - row
+        needed = (length + (ROWS - 1)) // ROWS
+        end = total + tl.cumsum(needed, axis=0)
+        if tl.program_id(0) == 0:
+            tl.store(offsets + sequence + 1, end, mask=known)
+        place = chunk[:, None] - (end - needed)[None, :]
+        inside = (place >= 0) & (place < needed[None, :])
+        first += tl.sum(tl.where(inside, row[None, :] + place * ROWS, 0), axis=1)
+        left = tl.minimum(length[None, :] - place * ROWS, ROWS)
+        count += tl.sum(tl.where(inside, left, 0), axis=1)
+        total += tl.sum(needed, axis=0)
+    if tl.program_id(0) == 0:
+        tl.store(offsets, 0)
+    tl.store(table + 2 * chunk, first, mask=chunk < chunks)
+    tl.store(table + 2 * chunk + 1, count, mask=chunk < chunks)
+
+
+@triton.jit
 def sum_decays(
     log_decay,
     coarse,
