@@ -3,14 +3,10 @@
 import sys
 
 import offline
-import torch
 
 from keras_mom_kernels.memory_scan.configurations import Launch
 from keras_mom_kernels.packed_convolution import triton_rows
-from keras_mom_kernels.packed_convolution.torch import (
-    backward_launches,
-    forward_launch,
-)
+from keras_mom_kernels.packed_convolution.torch import launches
 
 _POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 _ROWS = ("inputs", "output", "output_grad", "sum_grads", "input_grad")
@@ -35,15 +31,9 @@ def kernels(width, heads, dtype, *, documents=True, taps=4, targets=3):
         SILU=taps > 0,
         NORMALIZE=heads > 0,
     )
-    dtype = getattr(torch, dtype)
-    of_rows, of_inputs = backward_launches(width, heads, dtype)
-    launches = {
-        "convolve_rows": forward_launch(width, heads, dtype),
-        "row_gradients": of_rows,
-        "input_gradients": of_inputs,
-    }
     found = []
-    for name, (blocks, warps) in launches.items():
+    plan = launches(width, heads, 2**16)
+    for name, (blocks, _, warps) in plan.items():
         launch = Launch(0, 0, warps, 1)
         function = getattr(triton_rows, name)
         found.append(offline.Kernel(name, function, launch, {**options, **blocks}))
@@ -65,4 +55,6 @@ def report(target, arch, width, heads, dtype):
 
 if __name__ == "__main__":
     target, arch, width, heads, dtype = sys.argv[1:]
-    report(target, int(arch) if target == "cuda" else arch, int(width), int(heads), dtype)
+    report(
+        target, int(arch) if target == "cuda" else arch, int(width), int(heads), dtype
+    )

@@ -16,7 +16,9 @@ from keras_mom_kernels.packed_convolution.shapes import CASES, Case, make_inputs
 
 pytest.importorskip("triton")
 
-from keras_mom_kernels.packed_convolution.torch import packed_convolution  # noqa: E402
+from keras_mom_kernels.packed_convolution import torch as convolution  # noqa: E402
+
+packed_convolution = convolution.packed_convolution
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCES = {
@@ -102,6 +104,17 @@ def test_values_and_gradients_are_those_of_the_reference(case):
     for name, y in expected_gradients.items():
         found = error(gradients[name], y)
         assert found <= gradient_tolerance, (name, found)
+
+
+def test_programs_of_many_steps(monkeypatch):
+    monkeypatch.setattr(convolution, "_MANY_ROWS", 1)
+    case = Case("", B=2, T=80, E=20, documents=2, windows=True)
+    tensors = tensors_of(case)
+    cotangent = cotangent_of(tensors)
+    _, gradients = with_gradients(packed_convolution, tensors, cotangent)
+    _, expected = exact(tensors, cotangent)
+    for name, y in expected.items():
+        assert error(gradients[name], y) <= 1e-5, name
 
 
 def test_batch_rows_and_runs_do_not_matter():

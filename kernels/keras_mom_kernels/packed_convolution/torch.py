@@ -10,6 +10,8 @@ results do not depend on what else is in the batch, and are the same in each run
 kernel uses atomics.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 
@@ -23,6 +25,8 @@ from keras_mom_kernels.packed_convolution.triton_rows import (
 
 # Channels of a head that a program holds in one piece.
 _WIDEST_HEAD = 1024
+# Packed rows that keep a GPU busy with fewer, longer programs.
+_MANY_ROWS = 2**14
 
 
 def packed_convolution(
@@ -100,38 +104,61 @@ def check_served(inputs, source, activation, heads):
         )
 
 
-def _blocks(width, heads, dtype, elements):
-    """How channels and rows are divided among programs, as the kernels name it.
+class Launch(NamedTuple):
+    """How a kernel is launched.
 
-    `elements` are those of a tile in 16 bits; of a wider dtype it is half as many, so
-    that a thread's loads fit its registers.
+    Attributes:
+        blocks: how channels and rows are divided among programs, as the kernel names
+            it.
+        rows: rows of a program.
+        warps: warps of a program.
     """
+
+    blocks: dict
+    rows: int
+    warps: int = 8
+
+    def programs(self, batch, rows):
+        """Programs of a group of channels."""
+        return batch * triton.cdiv(rows, self.rows)
+
+    def run(self, kernel, programs, *arguments, **options):
+        """Launches `programs` programs a group of channels."""
+        if programs:
+            grid = (programs * self.blocks["GROUPS"],)
+            options |= self.blocks
+            kernel[grid](*arguments, **options, num_warps=self.warps, num_stages=1)
+
+
+def launches(width, heads, rows):
+    """`Launch` of each kernel, by name, for `rows` packed rows of all batch rows."""
+    # What a thread holds of a tile leaves registers for two or three programs a
+    # multiprocessor: 8 elements with the shares of the kernel's gradient, else 16.
+    of_rows = _blocks(width, heads, 2048)
+    # More steps a program: fewer shares of the kernel's gradient.
+    of_rows["STEPS"] = steps = 8 if rows >= _MANY_ROWS else 1
+    return {
+        "convolve_rows": _launch(_blocks(width, heads, 4096)),
+        "row_gradients": _launch(of_rows, steps),
+        "input_gradients": _launch(_blocks(width, 0, 4096)),
+    }
+
+
+def _launch(blocks, steps=1):
+    return Launch(blocks, blocks["ROWS"] * steps)
+
+
+def _blocks(width, heads, elements):
+    """Groups of channels, and up to 64 rows, of a tile of so many elements."""
     group = width // heads if heads else min(128, triton.next_power_of_2(width))
     block = triton.next_power_of_2(group)
-    size = elements if dtype.itemsize == 2 else elements // 2
     return dict(
-        ROWS=max(4, min(64, size // block)),
+        ROWS=max(4, min(64, elements // block)),
         GROUP=group,
         GROUPS=triton.cdiv(width, group),
         BLOCK=block,
         WIDTH=width,
     )
-
-
-def _programs(blocks, batch, rows):
-    """Programs of a group of channels."""
-    return batch * triton.cdiv(rows, blocks["ROWS"])
-
-
-def forward_launch(width, heads, dtype):
-    """Blocks and warps of `convolve_rows`."""
-    return _blocks(width, heads, dtype, 4096), 4
-
-
-def backward_launches(width, heads, dtype):
-    """Blocks and warps of `row_gradients` and of `input_gradients`."""
-    # More rows a program: fewer shares of the kernel's gradient, more taps in common.
-    return (_blocks(width, heads, dtype, 8192), 8), (_blocks(width, 0, dtype, 8192), 8)
 
 
 def _options(kernel, documents, silu, heads):
@@ -157,23 +184,22 @@ def _forward(
     batch, length, width = inputs.shape
     rows = source.shape[1]
     output = inputs.new_empty((batch, rows, width))
-    blocks, warps = forward_launch(width, heads, inputs.dtype)
-    grid = (_programs(blocks, batch, rows) * blocks["GROUPS"],)
-    if grid[0]:
-        with on(inputs.device):
-            convolve_rows[grid](
-                inputs,
-                kernel,
-                source,
-                documents,
-                output,
-                length,
-                rows,
-                epsilon,
-                **_options(kernel, documents, silu, heads),
-                **blocks,
-                num_warps=warps,
-            )
+    options = _options(kernel, documents, silu, heads)
+    launch = launches(width, heads, batch * rows)["convolve_rows"]
+    with on(inputs.device):
+        launch.run(
+            convolve_rows,
+            launch.programs(batch, rows),
+            inputs,
+            kernel,
+            source,
+            documents,
+            output,
+            length,
+            rows,
+            epsilon,
+            **options,
+        )
     return output
 
 
@@ -200,55 +226,49 @@ def _backward(
     rows = source.shape[1]
     options = _options(kernel, documents, silu, heads)
     taps = options["TAPS"]
-    of_rows, of_inputs = backward_launches(width, heads, inputs.dtype)
-    programs = _programs(of_rows[0], batch, rows)
+    launch = launches(width, heads, batch * rows)
+    of_rows, of_inputs = launch["row_gradients"], launch["input_gradients"]
+    programs = of_rows.programs(batch, rows)
     sum_grads = torch.empty_like(output_grad)
     input_grad = torch.empty_like(inputs)
     partials = inputs.new_empty((programs, taps, width), dtype=torch.float32)
     with on(inputs.device):
-        if programs:
-            blocks, warps = of_rows
-            row_gradients[programs * blocks["GROUPS"],](
-                output_grad,
-                inputs,
-                kernel,
-                source,
-                documents,
-                sum_grads,
-                partials,
-                length,
-                rows,
-                epsilon,
-                **options,
-                **blocks,
-                num_warps=warps,
-            )
-        blocks, warps = of_inputs
-        programs = _programs(blocks, batch, length)
-        if programs:
-            input_gradients[programs * blocks["GROUPS"],](
-                sum_grads,
-                kernel,
-                targets,
-                documents,
-                input_grad,
-                length,
-                rows,
-                DOCUMENTS=documents is not None,
-                TAPS=taps,
-                TARGETS=targets.shape[-1],
-                **blocks,
-                num_warps=warps,
-            )
+        of_rows.run(
+            row_gradients,
+            programs,
+            output_grad,
+            inputs,
+            kernel,
+            source,
+            documents,
+            sum_grads,
+            partials,
+            length,
+            rows,
+            epsilon,
+            **options,
+        )
+        of_inputs.run(
+            input_gradients,
+            of_inputs.programs(batch, length),
+            sum_grads,
+            kernel,
+            targets,
+            documents,
+            input_grad,
+            length,
+            rows,
+            DOCUMENTS=documents is not None,
+            TAPS=taps,
+            TARGETS=targets.shape[-1],
+        )
     if kernel is None:
         return [input_grad]
     return [input_grad, partials.sum(0).to(kernel.dtype)]
 
 
 @_backward.register_fake
-def _(
-    output_grad, inputs, kernel, source, targets, documents, silu, heads, epsilon
-):
+def _(output_grad, inputs, kernel, source, targets, documents, silu, heads, epsilon):
     present = [inputs] if kernel is None else [inputs, kernel]
     return [torch.empty_like(x) for x in present]
 

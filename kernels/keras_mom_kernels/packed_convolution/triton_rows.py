@@ -61,7 +61,7 @@ def load_tile(
 ):
     """float32 `[ROWS, BLOCK]` of the rows `index` of a batch row; zeros for -1."""
     mask = tile_mask(index >= 0, columns, ROWS, GROUP, BLOCK, WIDTH)
-    offsets = index[:, None] * WIDTH + columns[None, :]
+    offsets = row_offsets(index, columns, WIDTH)
     return tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
 
 
@@ -81,9 +81,9 @@ def load_factors(
 
 
 @triton.jit
-def own_offsets(columns, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """`[ROWS, BLOCK]`, from the start of a program's first row."""
-    return tl.arange(0, ROWS)[:, None] * WIDTH + columns[None, :]
+def row_offsets(row, columns, WIDTH: tl.constexpr):
+    """`[ROWS, BLOCK]`, from the start of a batch row."""
+    return row[:, None] * WIDTH + columns[None, :]
 
 
 @triton.jit
@@ -190,8 +190,25 @@ def convolve_rows(
     filled = tl.load(source + row, mask=row < rows, other=-1) >= 0
     total = tl.where(filled[:, None], total, 0.0)
     mask = tile_mask(row < rows, columns, ROWS, GROUP, BLOCK, WIDTH)
-    output += (batch * rows + first) * WIDTH
-    store_rows(output, own_offsets(columns, ROWS, WIDTH), mask, total)
+    output += batch * rows * WIDTH
+    store_rows(output, row_offsets(row, columns, WIDTH), mask, total)
+
+
+@triton.jit
+def through_activation(
+    grad, total, epsilon, SILU: tl.constexpr, NORMALIZE: tl.constexpr
+):
+    """The gradient of the sums `total`, `[ROWS, BLOCK]`, from that of the output."""
+    activated, slope = total, 1.0
+    if SILU:
+        gate = tl.sigmoid(total)
+        activated = total * gate
+        slope = gate + activated * (1 - gate)
+    if NORMALIZE:
+        scale = tl.rsqrt(tl.sum(activated * activated, axis=1) + epsilon)
+        along = tl.sum(activated * grad, axis=1) * (scale * scale)
+        grad = (grad - activated * along[:, None]) * scale[:, None]
+    return grad * slope
 
 
 @triton.jit
@@ -215,66 +232,64 @@ def row_gradients(
     GROUPS: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
     """The gradients of the sums, `[B, R, E]`, and a share of the kernel's.
 
-    Empty rows have none, whatever their output's gradient holds. `partials` is float32
-    `[programs of a group, TAPS, E]`.
+    Empty rows have none, whatever their output's gradient holds. A program takes STEPS
+    times ROWS rows. `partials` is float32 `[programs of a group, TAPS, E]`.
     """
-    batch, first, group = program_place(rows, ROWS, GROUPS)
+    batch, first, group = program_place(rows, ROWS * STEPS, GROUPS)
     columns = columns_of(group, GROUP, BLOCK)
-    row = first + tl.arange(0, ROWS)
     inputs += batch * length * WIDTH
     source += batch * rows
+    output_grad += batch * rows * WIDTH
+    sum_grads += batch * rows * WIDTH
     if DOCUMENTS:
         documents += batch * rows
-    filled = tl.load(source + row, mask=row < rows, other=-1) >= 0
-    mask = tile_mask(filled, columns, ROWS, GROUP, BLOCK, WIDTH)
-    offsets = own_offsets(columns, ROWS, WIDTH)
-    output_grad += (batch * rows + first) * WIDTH
-    sum_grads += (batch * rows + first) * WIDTH
-    grad = tl.load(output_grad + offsets, mask=mask, other=0.0).to(tl.float32)
-    if SILU or NORMALIZE:
-        total = tap_sums(
-            inputs,
-            kernel,
-            source,
-            documents,
-            row,
-            rows,
-            columns,
-            DOCUMENTS,
-            TAPS,
-            ROWS,
-            GROUP,
-            BLOCK,
-            WIDTH,
-        )
-        activated, slope = total, 1.0
-        if SILU:
-            gate = tl.sigmoid(total)
-            activated = total * gate
-            slope = gate + activated * (1 - gate)
-        if NORMALIZE:
-            scale = tl.rsqrt(tl.sum(activated * activated, axis=1) + epsilon)
-            along = tl.sum(activated * grad, axis=1) * (scale * scale)
-            grad = (grad - activated * along[:, None]) * scale[:, None]
-        if SILU:
-            grad = grad * slope
-        grad = tl.where(filled[:, None], grad, 0.0)
-    if TAPS > 0:
+    shares = ()
+    for _ in tl.static_range(TAPS):
+        shares += (tl.zeros((ROWS, BLOCK), tl.float32),)
+    for step in range(STEPS):
+        row = first + step * ROWS + tl.arange(0, ROWS)
+        filled = tl.load(source + row, mask=row < rows, other=-1) >= 0
+        taken = tl.where(filled, row, -1)
+        grad = load_tile(output_grad, taken, columns, ROWS, GROUP, BLOCK, WIDTH)
+        if SILU or NORMALIZE:
+            total = tap_sums(
+                inputs,
+                kernel,
+                source,
+                documents,
+                row,
+                rows,
+                columns,
+                DOCUMENTS,
+                TAPS,
+                ROWS,
+                GROUP,
+                BLOCK,
+                WIDTH,
+            )
+            grad = through_activation(grad, total, epsilon, SILU, NORMALIZE)
+            grad = tl.where(filled[:, None], grad, 0.0)
         own = own_documents(documents, row, rows, DOCUMENTS)
-        share = (tl.program_id(0) // GROUPS).to(tl.int64) * (TAPS * WIDTH)
-        inside = (tl.arange(0, BLOCK) < GROUP) & (columns < WIDTH)
+        added = ()
         for i in tl.static_range(TAPS):
             met = row - (TAPS - 1) + i
             index = met_rows(source, documents, own, met, rows, DOCUMENTS)
             tap = load_tile(inputs, index, columns, ROWS, GROUP, BLOCK, WIDTH)
             # Empty rows have no gradient, but the rows they meet may be anything.
-            met_sum = tl.sum(tl.where(filled[:, None], tap * grad, 0.0), axis=0)
-            tl.store(partials + share + i * WIDTH + columns, met_sum, mask=inside)
-    held = tile_mask(row < rows, columns, ROWS, GROUP, BLOCK, WIDTH)
-    store_rows(sum_grads, offsets, held, grad)
+            product = tl.where(filled[:, None], tap * grad, 0.0)
+            added += (shares[i] + product,)
+        shares = added
+        mask = tile_mask(row < rows, columns, ROWS, GROUP, BLOCK, WIDTH)
+        store_rows(sum_grads, row_offsets(row, columns, WIDTH), mask, grad)
+    partials += (tl.program_id(0) // GROUPS).to(tl.int64) * (TAPS * WIDTH)
+    held = (tl.arange(0, BLOCK) < GROUP) & (columns < WIDTH)
+    for i in tl.static_range(TAPS):
+        total = tl.sum(shares[i], axis=0)
+        tl.store(partials + i * WIDTH + columns, total, mask=held)
 
 
 @triton.jit
@@ -298,15 +313,15 @@ def input_gradients(
     """Gradients of the inputs, `[B, length, E]`, from those of the sums they are in."""
     batch, first, group = program_place(length, ROWS, GROUPS)
     columns = columns_of(group, GROUP, BLOCK)
-    place = tl.arange(0, ROWS)
-    valid = first + place < length
+    own_row = first + tl.arange(0, ROWS)
+    valid = own_row < length
     sum_grads += batch * rows * WIDTH
-    targets += (batch * length + first) * TARGETS
+    targets += batch * length * TARGETS
     if DOCUMENTS:
         documents += batch * rows
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     for j in range(TARGETS):
-        row = tl.load(targets + place * TARGETS + j, mask=valid, other=-1)
+        row = tl.load(targets + own_row * TARGETS + j, mask=valid, other=-1)
         if TAPS == 0:
             total += load_tile(sum_grads, row, columns, ROWS, GROUP, BLOCK, WIDTH)
         else:
@@ -318,10 +333,8 @@ def input_gradients(
                     number = tl.load(documents + later, mask=met, other=0)
                     met = met & (number == own)
                 later = tl.where(met, later, -1)
-                tile = load_tile(
-                    sum_grads, later, columns, ROWS, GROUP, BLOCK, WIDTH
-                )
+                tile = load_tile(sum_grads, later, columns, ROWS, GROUP, BLOCK, WIDTH)
                 total += tile * load_factors(kernel, i, columns, GROUP, BLOCK, WIDTH)
     mask = tile_mask(valid, columns, ROWS, GROUP, BLOCK, WIDTH)
-    input_grad += (batch * length + first) * WIDTH
-    store_rows(input_grad, own_offsets(columns, ROWS, WIDTH), mask, total)
+    input_grad += batch * length * WIDTH
+    store_rows(input_grad, row_offsets(own_row, columns, WIDTH), mask, total)
