@@ -10,6 +10,12 @@ from keras import ops
 
 from keras_mom.layers.row_scan import RowScan
 from keras_mom.ops.memory_scan import AlignedSegments, block_size, chunk_size
+from keras_mom.ops.normalization import l2_normalize
+from keras_mom.ops.packed_convolution import (
+    behind_windows,
+    last_windows,
+    packed_convolution,
+)
 from keras_mom.ops.packing import Documents, Packing
 from keras_mom.ops.padding import pad
 from keras_mom.ops.rows import gather_rows, sum_rows
@@ -110,24 +116,28 @@ def mix_sequence(
     windows = [None] * 3
     if state is not None and sizes.history:
         windows = _split_channels(sizes, state[1])
-    rows = [
-        _packed(packing, x, to, window)
+    taken = [
+        behind_windows(packing, x, to, window)
         for x, to, window in zip(raw, [to_query, to_sets, to_sets], windows)
     ]
-    convolved = rows
-    if kernels is not None:
-        convolved = [
-            short_convolution(
-                x,
-                kernel,
-                segment_ids=None if documents is None else documents.of_rows,
-                activation=activation,
-                implementation=options["implementation"],
-            )
-            for x, kernel, activation in zip(
-                rows, kernels, rule.convolution_activations
-            )
-        ]
+    convolved = [
+        packed_convolution(
+            x,
+            kernel,
+            source,
+            targets,
+            documents=None if documents is None else documents.of_rows,
+            activation=activation,
+            heads=sizes.num_heads if normalized else None,
+            implementation=options["implementation"],
+        )
+        for (x, source, targets), kernel, activation, normalized in zip(
+            taken,
+            [None] * 3 if kernels is None else kernels,
+            rule.convolution_activations,
+            (*rule.normalized, False),
+        )
+    ]
     heads = [_reshape_last(x, shape) for x, shape in zip(convolved, shapes)]
     features = [_packed_feature(x, to_sets) for x in tokens.features]
     query, key, value, log_decay, beta = rule.prepare(*heads, *features)
@@ -164,7 +174,8 @@ def mix_sequence(
         memories = ops.where(stale, 0.0, memories)
     if kernels is None:
         return mixed, (memories,)
-    return mixed, (memories, _last_windows(sizes, packing, documents, rows))
+    windows = last_windows(packing, documents, taken, sizes.history)
+    return mixed, (memories, windows)
 
 
 def mix_token(sizes, rule, kernels, tokens, weights, indices, mask, state, options):
@@ -219,6 +230,8 @@ def mix_token(sizes, rule, kernels, tokens, weights, indices, mask, state, optio
         _reshape_last(x, (sizes.num_heads, width))
         for x, width in zip((query, key, value), _head_widths(sizes))
     ]
+    for i, normalized in enumerate(rule.normalized):
+        heads[i] = l2_normalize(heads[i]) if normalized else heads[i]
     features = [of_memories(x[:, 0]) for x in tokens.features]
     query, key, value, log_decay, beta = rule.prepare(*heads, *features)
     if log_decay is not None:
@@ -273,25 +286,6 @@ def _split_channels(sizes, x):
     return x[..., :query], x[..., query : query + key], x[..., query + key :]
 
 
-def _packed(packing, inputs, moves, window):
-    """Rows `[B, R, E]` of `[B, T * P, E]`, with the window in the history rows."""
-    source, targets = moves
-    if window is None:
-        return gather_rows(inputs, source, targets)
-    batch, memories, history, width = ops.shape(window)
-    window = ops.cast(window, inputs.dtype)
-    window = ops.reshape(window, (batch, memories * history, width))
-    offset = ops.shape(inputs)[1]
-    history_source, history_targets = packing.history_source(offset)
-    missing = targets.shape[-1] - 1
-    history_targets = pad(history_targets, 2, after=missing, fill=-1)
-    return gather_rows(
-        ops.concatenate([inputs, window], axis=1),
-        ops.maximum(source, history_source),
-        ops.concatenate([targets, history_targets], axis=1),
-    )
-
-
 def _packed_feature(x, moves):
     """Rows `[B, R, ...]` of a rule's projection `[B, T, P, ...]`."""
     batch, length, sets, *rest = ops.shape(x)
@@ -318,17 +312,3 @@ def _mix(sizes, packing, outputs, weights):
     outputs = ops.reshape(ops.cast(outputs, "float32"), (batch, rows, width))
     mixed = sum_rows(outputs * row_weights, packing.token, packing.targets)
     return _reshape_last(mixed, (sizes.num_heads, sizes.value_dim))
-
-
-def _last_windows(sizes, packing, documents, rows):
-    """The convolution windows behind the last token: float32 `[B, M, W, channels]`."""
-    last = packing.window_rows(sizes.history)
-    windows = [ops.take_along_axis(x, last[..., None], axis=1) for x in rows]
-    windows = ops.cast(ops.concatenate(windows, axis=-1), "float32")
-    if documents is not None:
-        number = ops.take_along_axis(documents.of_rows, last, axis=1)
-        fresh = number == documents.last[:, None]
-        windows = ops.where(fresh[..., None], windows, 0.0)
-    batch, _, width = ops.shape(windows)
-    shape = (batch, sizes.memories, sizes.history, width)
-    return ops.reshape(windows, shape)

@@ -38,8 +38,11 @@ def sum_rows(rows, source, targets):
     return _SUM((), rows, source, targets)[0]
 
 
-def _take(inputs, index):
-    """`inputs[b, index[b, r]]`, zeros at index -1: `[B, R, E]`."""
+def take_rows(inputs, index):
+    """`inputs[b, index[b, r]]`, zeros at index -1: `[B, R, E]`.
+
+    For a few rows: the gradient is the framework's own.
+    """
     batch, rows, width = ops.shape(inputs)
     row = ops.arange(batch, dtype="int32")[:, None]
     flat = ops.reshape(inputs, (batch * rows, width))
@@ -49,9 +52,9 @@ def _take(inputs, index):
 
 
 def _take_sum(rows, targets):
-    total = _take(rows, targets[..., 0])
+    total = take_rows(rows, targets[..., 0])
     for i in range(1, targets.shape[-1]):
-        total = total + _take(rows, targets[..., i])
+        total = total + take_rows(rows, targets[..., i])
     return total
 
 
@@ -67,7 +70,7 @@ def _infer_sum(_, rows, source, targets):
 
 _GATHER = backend.Differentiable(
     "gather_rows",
-    lambda _, inputs, source, targets: (_take(inputs, source),),
+    lambda _, inputs, source, targets: (take_rows(inputs, source),),
     lambda _, tensors, outputs, grads: (_take_sum(grads[0], tensors[2]), None, None),
     _infer_gather,
 )
@@ -75,6 +78,6 @@ _GATHER = backend.Differentiable(
 _SUM = backend.Differentiable(
     "sum_rows",
     lambda _, rows, source, targets: (_take_sum(rows, targets),),
-    lambda _, tensors, outputs, grads: (_take(grads[0], tensors[1]), None, None),
+    lambda _, tensors, outputs, grads: (take_rows(grads[0], tensors[1]), None, None),
     _infer_sum,
 )

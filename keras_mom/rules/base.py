@@ -43,6 +43,8 @@ class MemoryUpdateRule(keras.layers.Layer):
             before its own decay and write.
         convolution_activations: `"silu"` or None for query, key and value, behind the
             short convolution.
+        normalized: whether the layer L2-normalizes each head's query and key, behind
+            the convolution.
         num_heads, key_dim, value_dim: H, K and V of the layer, known in
             `create_projections` and after.
         num_projections: P.
@@ -52,6 +54,7 @@ class MemoryUpdateRule(keras.layers.Layer):
     erase_before_decay = False
     read_before_update = False
     convolution_activations = ("silu", "silu", "silu")
+    normalized = (False, False)
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -139,7 +142,8 @@ class MemoryUpdateRule(keras.layers.Layer):
         """Arguments of the scan, from packed rows of one memory each.
 
         Args:
-            query, key: `[B, R, H, K]`, behind the short convolution.
+            query, key: `[B, R, H, K]`, behind the short convolution, and L2-normalized
+                where `normalized` says so, then float32 or of the compute dtype.
             value: `[B, R, H, V]`.
             *projected: rows of what `project` returned, `[B, R, ...]`.
 

@@ -3,7 +3,6 @@
 import keras
 from keras import ops
 
-from keras_mom.ops.normalization import l2_normalize
 from keras_mom.rules.base import MemoryUpdateRule
 
 
@@ -22,6 +21,7 @@ class DeltaNet(MemoryUpdateRule):
     """
 
     write = "delta"
+    normalized = (True, True)
 
     def __init__(self, allow_negative_eigenvalues=False, **kwargs):
         super().__init__(**kwargs)
@@ -39,7 +39,7 @@ class DeltaNet(MemoryUpdateRule):
         beta = ops.sigmoid(ops.cast(write_strength, "float32"))
         if self.allow_negative_eigenvalues:
             beta = 2 * beta
-        return l2_normalize(query), l2_normalize(key), value, None, beta
+        return query, key, value, None, beta
 
     def get_config(self):
         return {

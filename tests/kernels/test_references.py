@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from keras_mom_kernels.memory_scan.reference import memory_scan
+from keras_mom_kernels.packed_convolution.reference import packed_convolution
 from keras_mom_kernels.packing.reference import packed_tokens
 from keras_mom_kernels.routing.reference import route
 from keras_mom_kernels.short_convolution.reference import short_convolution
@@ -23,7 +24,9 @@ def test_keras_is_not_imported():
         "import sys, keras_mom_kernels.memory_scan.reference,"
         " keras_mom_kernels.memory_scan.shapes,"
         " keras_mom_kernels.packing.reference, keras_mom_kernels.routing.reference,"
-        " keras_mom_kernels.short_convolution.reference\n"
+        " keras_mom_kernels.short_convolution.reference,"
+        " keras_mom_kernels.packed_convolution.reference,"
+        " keras_mom_kernels.packed_convolution.shapes\n"
         "assert not {'keras', 'keras_mom'} & set(sys.modules)"
     )
     path = {"PYTHONPATH": "kernels"}
@@ -95,6 +98,22 @@ def test_routing_by_hand():
     assert routing.indices.tolist() == [[[0, 1], [2, 0]]]
     np.testing.assert_allclose(routing.weights[0, 0], [2 / 3, 1 / 3])
     np.testing.assert_allclose(routing.share, [0.5, 0.25, 0.25])
+
+
+def test_packed_convolution_equals_the_convolution():
+    random = np.random.default_rng(0)
+    x, kernel = random.normal(size=(1, 10, 6)), random.normal(size=(4, 6))
+    # Two regions behind three empty rows each: even rows of x, then odd ones.
+    source = [-1, -1, -1, *range(0, 10, 2), -1, -1, -1, *range(1, 10, 2)]
+    rows = packed_convolution(x, kernel, np.array([source]), heads=2)
+    for first, last in ((0, 8), (8, 16)):
+        taken = x[:, source[first + 3 : last]]
+        expected, _ = short_convolution(taken, kernel)
+        heads = expected.reshape(1, 5, 2, 3)
+        norm = np.sqrt((heads**2).sum(-1, keepdims=True) + 1e-6)
+        found = rows[:, first + 3 : last]
+        np.testing.assert_allclose(found, (heads / norm).reshape(1, 5, 6), rtol=1e-12)
+        assert not rows[:, first : first + 3].any()
 
 
 def test_packing_by_hand():

@@ -101,12 +101,7 @@ def memory_scan(
 
 def check_served(query, key, value, decay_axis, log_decay):
     """Raises `NotImplementedError`, with the reason, for calls without a kernel."""
-    if query.device.type not in ("cuda", "meta") and not INTERPRETED.value:
-        raise NotImplementedError(
-            f"the Triton kernels need a GPU; the tensors are on {query.device.type!r}"
-        )
-    if query.device.type == "cuda" and not _new_enough(query.device.index):
-        raise NotImplementedError("the Triton kernels need sm_80 or later")
+    check_device(query)
     if decay_axis == "value" and log_decay is not None:
         raise NotImplementedError("no Triton kernel has a decay of value channels")
     if max(key.shape[-1], value.shape[-1]) > 256:
@@ -119,6 +114,17 @@ def check_served(query, key, value, decay_axis, log_decay):
         raise NotImplementedError(
             f"no Triton kernel for {query.dtype}, {key.dtype} and {value.dtype}"
         )
+
+
+def check_device(tensor):
+    """Raises `NotImplementedError`, with the reason, where no Triton kernel runs."""
+    device = tensor.device
+    if device.type not in ("cuda", "meta") and not INTERPRETED.value:
+        raise NotImplementedError(
+            f"the Triton kernels need a GPU; the tensors are on {device.type!r}"
+        )
+    if device.type == "cuda" and not _new_enough(device.index):
+        raise NotImplementedError("the Triton kernels need sm_80 or later")
 
 
 @torch.compiler.assume_constant_result

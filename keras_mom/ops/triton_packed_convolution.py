@@ -1,0 +1,22 @@
+"""The packed convolution's Triton kernels, as an implementation on torch."""
+
+from keras_mom.ops.dispatch import register
+
+
+@register(
+    "packed_convolution",
+    "triton",
+    only_named="it has not been checked on a GPU; implementation='triton' asks for it",
+)
+def _triton(inputs, kernel, source, targets, **options):
+    device = inputs.device.type
+    if device not in ("cuda", "meta"):
+        raise NotImplementedError(
+            f"the Triton kernels need a GPU; the tensors are on {device!r}"
+        )
+    try:
+        # Triton takes a while to import, and a CPU does without it.
+        from keras_mom_kernels.packed_convolution import torch as kernels
+    except ImportError as error:
+        raise NotImplementedError(f"Triton is not installed ({error})") from error
+    return kernels.packed_convolution(inputs, kernel, source, targets, **options)

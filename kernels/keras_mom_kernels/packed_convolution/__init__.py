@@ -1,0 +1,1 @@
+"""The short convolution of packed rows: reference, shapes, Triton kernels, torch."""
