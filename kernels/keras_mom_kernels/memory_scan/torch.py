@@ -105,7 +105,7 @@ def check_served(query, key, value, decay_axis, log_decay):
         raise NotImplementedError(
             f"the Triton kernels need a GPU; the tensors are on {query.device.type!r}"
         )
-    if query.device.type == "cuda" and not _new_enough(query.device.index):
+    if query.device.type == "cuda" and not new_enough(query.device.index):
         raise NotImplementedError("the Triton kernels need sm_80 or later")
     if decay_axis == "value" and log_decay is not None:
         raise NotImplementedError("no Triton kernel has a decay of value channels")
@@ -122,7 +122,8 @@ def check_served(query, key, value, decay_axis, log_decay):
 
 
 @torch.compiler.assume_constant_result
-def _new_enough(index):
+def new_enough(index):
+    """Whether the Triton kernels run on the GPU of this index."""
     if torch.version.hip is not None:
         return True
     return torch.cuda.get_device_capability(index) >= (8, 0)
