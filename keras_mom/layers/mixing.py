@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from keras_mom.layers.row_scan import RowScan
+from keras_mom.ops.memory_mixing import memory_mixing
 from keras_mom.ops.memory_scan import AlignedSegments, block_size, chunk_size
 from keras_mom.ops.packing import Documents, Packing
 from keras_mom.ops.padding import pad
-from keras_mom.ops.rows import gather_rows, sum_rows
+from keras_mom.ops.rows import gather_rows
 from keras_mom.ops.short_convolution import short_convolution
 
 
@@ -69,15 +70,26 @@ class Tokens(NamedTuple):
 
 
 def mix_sequence(
-    sizes, rule, kernels, tokens, weights, indices, mask, segment_ids, state, options
+    sizes,
+    rule,
+    kernels,
+    norm,
+    tokens,
+    weights,
+    indices,
+    mask,
+    segment_ids,
+    state,
+    options,
 ):
-    """Writes tokens to their memories and mixes what they read.
+    """Writes tokens to their memories; mixes, normalizes and gates what they read.
 
     Args:
         sizes: `Sizes`.
         rule: `MemoryUpdateRule`.
         kernels: convolution kernels of query, key and value, `[W + 1, channels]`
             each, or None.
+        norm: `OutputNorm`.
         tokens: `Tokens`.
         weights: float32 `[B, T, k]`.
         indices: int32 `[B, T, k]`.
@@ -87,7 +99,8 @@ def mix_sequence(
         options: dict: `implementation`, and whether to `return_state`.
 
     Returns:
-        Mixed outputs, float32 `[B, T, H, V]`, and the new state, or None.
+        Mixed outputs, `[B, T, H * V]` of the dtype of `norm`, and the new state, or
+        None.
     """
     length = ops.shape(indices)[1]
     size, block = chunk_size(length), block_size(length)
@@ -156,7 +169,9 @@ def mix_sequence(
         beta,
         None if state is None else state[0],
     )
-    mixed = _mix(sizes, packing, outputs, weights)
+    mixed = memory_mixing(
+        outputs, weights, packing, norm, implementation=options["implementation"]
+    )
     if not options["return_state"]:
         return mixed, None
     if documents is not None:
@@ -167,7 +182,9 @@ def mix_sequence(
     return mixed, (memories, _last_windows(sizes, packing, documents, rows))
 
 
-def mix_token(sizes, rule, kernels, tokens, weights, indices, mask, state, options):
+def mix_token(
+    sizes, rule, kernels, norm, tokens, weights, indices, mask, state, options
+):
     """`mix_sequence` for T == 1 without packing: every memory takes or skips the token.
 
     `state` is never None here.
@@ -245,7 +262,7 @@ def mix_token(sizes, rule, kernels, tokens, weights, indices, mask, state, optio
     outputs = ops.where(active[..., None, None], outputs * weight, 0.0)
     memories = ops.reshape(memories, ops.shape(state[0]))
     memories = ops.where(active[..., None, None, None], memories, state[0])
-    return ops.sum(outputs, axis=1)[:, None], (memories, *new_state)
+    return norm(ops.sum(outputs, axis=1)[:, None]), (memories, *new_state)
 
 
 def _head_widths(sizes):
@@ -300,24 +317,6 @@ def _packed_feature(x, moves):
         width = width * size
     rows = gather_rows(ops.reshape(x, (batch, length * sets, width)), *moves)
     return _reshape_last(rows, rest)
-
-
-def _mix(sizes, packing, outputs, weights):
-    """Weighted sum of each token's rows: `[B, R, H, V]` to `[B, T, H, V]`."""
-    batch, length, _ = ops.shape(weights)
-    if sizes.shared:
-        weights = pad(weights, 2, after=1, fill=1)
-    slots = weights.shape[2]
-    row_weights = gather_rows(
-        ops.reshape(weights, (batch, length * slots, 1)),
-        packing.slot,
-        ops.reshape(packing.targets, (batch, length * slots, 1)),
-    )
-    rows = ops.shape(outputs)[1]
-    width = sizes.num_heads * sizes.value_dim
-    outputs = ops.reshape(ops.cast(outputs, "float32"), (batch, rows, width))
-    mixed = sum_rows(outputs * row_weights, packing.token, packing.targets)
-    return _reshape_last(mixed, (sizes.num_heads, sizes.value_dim))
 
 
 def _last_windows(sizes, packing, documents, rows):

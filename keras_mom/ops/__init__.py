@@ -7,6 +7,7 @@ from keras_mom.ops.routing import RoutingStatistics, routing_statistics, top_k_r
 from keras_mom.ops.short_convolution import short_convolution
 
 if keras.backend.backend() == "torch":
+    from keras_mom.ops import triton_mixing as triton_mixing
     from keras_mom.ops import triton_scan as triton_scan
 
 __all__ = [

@@ -14,25 +14,28 @@ _ROWS = ("outputs", "gate", "result", "output_grad", "outputs_grad", "gate_grad"
 
 def kernels(case):
     """The kernels of both directions, and the types of their arguments."""
-    launch = launch_of(case.H, case.V, case.slots)
     types = dict.fromkeys(_FLOAT32, "*fp32") | {"targets": "*i32", "epsilon": "fp32"}
     types |= dict.fromkeys(_ROWS, _POINTERS[case.dtype])
     types |= dict.fromkeys(("tokens", "rows"), "i32")
-    constants = dict(
-        H=case.H,
-        V=case.V,
-        WEIGHTED=case.k,
-        SLOTS=case.slots,
-        GATED=case.gated,
-        TOKENS=launch.tokens,
-        STEPS=launch.steps,
-        HEADS=launch.heads,
-        BLOCK_V=launch.block,
-        BLOCK_SLOTS=1 << (case.slots - 1).bit_length(),
-    )
-    how = Launch(0, 0, launch.warps, 3)
-    functions = (triton_mixing.mix, triton_mixing.mix_gradients)
-    return [Kernel(x.__name__, x, how, constants) for x in functions], types
+    found = []
+    for function in (triton_mixing.mix, triton_mixing.mix_gradients):
+        gradients = function is triton_mixing.mix_gradients
+        launch = launch_of(case.H, case.V, case.slots, gradients)
+        constants = dict(
+            H=case.H,
+            V=case.V,
+            WEIGHTED=case.k,
+            SLOTS=case.slots,
+            GATED=case.gated,
+            TOKENS=launch.tokens,
+            STEPS=launch.steps,
+            HEADS=launch.heads,
+            BLOCK_V=launch.block,
+            BLOCK_SLOTS=1 << (case.slots - 1).bit_length(),
+        )
+        how = Launch(0, 0, launch.warps, 3)
+        found.append(Kernel(function.__name__, function, how, constants))
+    return found, types
 
 
 def report(case):

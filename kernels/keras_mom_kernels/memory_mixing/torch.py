@@ -19,7 +19,11 @@ from keras_mom_kernels.memory_scan.torch import new_enough
 from keras_mom_kernels.memory_scan.torch_launches import on
 from keras_mom_kernels.memory_scan.triton_common import INTERPRETED
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 def memory_mixing(
@@ -80,7 +84,7 @@ def check_served(outputs, weights, targets, gate, dtype):
     if kind == "cuda" and not new_enough(outputs.device.index):
         raise NotImplementedError("the Triton kernels need sm_80 or later")
     dtypes = [outputs.dtype, dtype] + ([] if gate is None else [gate.dtype])
-    if not set(FLOATS).issuperset(dtypes):
+    if not set(DTYPES.values()).issuperset(dtypes):
         raise NotImplementedError(f"no Triton kernel for {dtypes}")
     if weights.dtype != torch.float32:
         raise NotImplementedError(f"weights are float32, not {weights.dtype}")
@@ -99,13 +103,13 @@ def check_served(outputs, weights, targets, gate, dtype):
 
 
 class Launch(NamedTuple):
-    """How the kernels are launched.
+    """How a kernel is launched.
 
     Attributes:
         tokens: tokens of a tile.
         heads: heads of a tile.
         block: channels of a tile.
-        steps: tiles that a program of the backward pass takes.
+        steps: tiles that a program takes, one after the other.
         warps: warps of a program.
     """
 
@@ -116,22 +120,26 @@ class Launch(NamedTuple):
     warps: int
 
 
-def launch_of(heads, width, slots):
-    """`Launch` for H, V and J: 16 elements a thread, fewer with many rows a token."""
-    size = 2048 if slots <= 4 else 1024 if slots <= 8 else 512
+def launch_of(heads, width, slots, gradients):
+    """`Launch` for H, V and J, of the backward pass with `gradients`.
+
+    A thread holds 8 or 16 elements of a tile, which is 16 bytes or more a load, and
+    fewer with many rows a token, which the backward pass keeps in registers.
+    """
+    size = 1024 if gradients else 2048
+    if slots > 4:
+        size //= 2
     block = power_of_two(width)
     heads = min(triton.next_power_of_2(heads), max(1, size // block))
     tokens = max(1, size // (block * heads))
-    return Launch(tokens, heads, block, 4, 4)
+    return Launch(tokens, heads, block, 8 if gradients else 1, 4)
 
 
-def constants(outputs, weights, targets, gate):
-    """`Launch`, and the constant arguments that both kernels take."""
-    _, _, heads, width = outputs.shape
-    launch = launch_of(heads, width, targets.shape[2])
-    return launch, dict(
-        H=heads,
-        V=width,
+def _constants(launch, outputs, weights, targets, gate):
+    """The constant arguments that both kernels take."""
+    return dict(
+        H=outputs.shape[2],
+        V=outputs.shape[3],
         WEIGHTED=weights.shape[2],
         SLOTS=targets.shape[2],
         GATED=gate is not None,
@@ -140,6 +148,11 @@ def constants(outputs, weights, targets, gate):
         BLOCK_V=launch.block,
         num_warps=launch.warps,
     )
+
+
+def _run(kernel, programs, *arguments, **known):
+    with on(arguments[0].device):
+        kernel[(programs,)](*arguments, **known)
 
 
 @torch.library.custom_op("keras_mom_kernels::memory_mixing", mutates_args=())
@@ -157,11 +170,11 @@ def _forward(
     result = outputs.new_empty((batch, tokens, heads * width), dtype=dtype)
     if not result.numel():
         return result
-    launch, known = constants(outputs, weights, targets, gate)
-    grid = (batch * triton.cdiv(tokens, launch.tokens),)
+    launch = launch_of(heads, width, targets.shape[2], gradients=False)
+    known = _constants(launch, outputs, weights, targets, gate)
+    programs = batch * triton.cdiv(tokens, launch.tokens)
     tensors = (outputs, weights, targets, scale, gate, result)
-    with on(outputs.device):
-        mix[grid](*tensors, tokens, rows, epsilon, **known)
+    _run(mix, programs, *tensors, tokens, rows, epsilon, **known)
     return result
 
 
@@ -183,28 +196,21 @@ def _backward(
 ) -> list[torch.Tensor]:
     """Gradients of outputs, weights, scale and gate, if given."""
     batch, tokens, slots = targets.shape
-    rows, width = outputs.shape[1], outputs.shape[3]
+    _, rows, heads, width = outputs.shape
     # Packed rows without a token stay zero.
     outputs_grad = torch.zeros_like(outputs)
     weights_grad = torch.empty_like(weights)
     gate_grad = None if gate is None else torch.empty_like(gate)
-    launch, known = constants(outputs, weights, targets, gate)
+    launch = launch_of(heads, width, slots, gradients=True)
+    known = _constants(launch, outputs, weights, targets, gate)
     programs = batch * triton.cdiv(tokens, launch.tokens * launch.steps)
     partials = outputs.new_empty((programs, width), dtype=torch.float32)
     if output_grad.numel():
         tensors = (output_grad, outputs, weights, targets, scale, gate)
         grads = (outputs_grad, weights_grad, gate_grad, partials)
-        with on(outputs.device):
-            mix_gradients[(programs,)](
-                *tensors,
-                *grads,
-                tokens,
-                rows,
-                epsilon,
-                STEPS=launch.steps,
-                BLOCK_SLOTS=triton.next_power_of_2(slots),
-                **known,
-            )
+        blocks = dict(STEPS=launch.steps, BLOCK_SLOTS=triton.next_power_of_2(slots))
+        arguments = (*tensors, *grads, tokens, rows, epsilon)
+        _run(mix_gradients, programs, *arguments, **blocks, **known)
     scale_grad = partials.sum(0).to(scale.dtype)
     gradients = [outputs_grad, weights_grad, scale_grad]
     return gradients if gate_grad is None else [*gradients, gate_grad]

@@ -90,6 +90,11 @@ def inverse_norms(mixed, epsilon, V: tl.constexpr):
 
 
 @triton.jit
+def row_products(a, b):
+    return tl.sum(a * b.to(tl.float32), axis=1)
+
+
+@triton.jit
 def mix(
     outputs,
     weights,
@@ -240,7 +245,7 @@ def mix_gradients(
                 own = filled[:, None] & inside[None, :]
                 store_rows(outputs_grad, places, own, grad * weight[:, None])
                 if slot < WEIGHTED:
-                    product = tl.sum(grad * taken[slot].to(tl.float32), axis=1)
+                    product = row_products(grad, taken[slot])
                     product = tl.sum(tl.reshape(product, (TOKENS, HEADS)), axis=1)
                     weight_grads += tl.where(
                         (slots == slot)[None, :], product[:, None], 0.0
