@@ -15,7 +15,7 @@ from keras_mom.layers.rematerialization import call_on_tensors
 from keras_mom.layers.router import Router
 from keras_mom.layers.state import StateMixin
 from keras_mom.ops.memory_mixing import OutputNorm
-from keras_mom.ops.routing import routing_statistics, top_k_routing
+from keras_mom.ops.routing import routing_statistics
 from keras_mom.rules.base import per_memory_dense
 
 
@@ -324,8 +324,7 @@ class MoMLayer(StateMixin, ProjectionsMixin, keras.layers.Layer):
         if mask is not None:
             inputs = ops.where(mask[..., None], inputs, ops.zeros((), inputs.dtype))
 
-        probabilities = self.router(inputs)
-        weights, indices = top_k_routing(probabilities, self.top_k)
+        probabilities, weights, indices = self._route(inputs)
         statistics = routing_statistics(probabilities, indices, mask)
         tokens = Tokens(
             self.query_projection(inputs),
@@ -357,6 +356,11 @@ class MoMLayer(StateMixin, ProjectionsMixin, keras.layers.Layer):
         # again at every step.
         self._losses = []
         super()._clear_losses()
+
+    def _route(self, inputs):
+        return self.router(
+            inputs, top_k=self.top_k, implementation=self.implementation
+        )
 
     def _output_norm(self, inputs):
         gate = None if self.gate_projection is None else self.gate_projection(inputs)
@@ -396,7 +400,7 @@ class MoMLayer(StateMixin, ProjectionsMixin, keras.layers.Layer):
         if not self.built:
             self.build(inputs.shape)
         check_call(inputs, mask, None)
-        weights, indices = top_k_routing(self.router(inputs), self.top_k)
+        _, weights, indices = self._route(inputs)
         if mask is not None:
             weights = ops.where(ops.cast(mask, "bool")[..., None], weights, 0.0)
         return weights, indices
