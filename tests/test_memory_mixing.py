@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+from keras_mom import backend
 from keras_mom.ops.dispatch import implementations
 from keras_mom.ops.memory_mixing import OutputNorm, memory_mixing
 from keras_mom.ops.packing import Packing
@@ -62,6 +63,7 @@ def test_dtype_of_the_result():
 
 if keras.backend.backend() == "torch":
 
+    @pytest.mark.skipif(backend.accelerator() is not None, reason="a GPU is there")
     def test_triton_takes_no_cpu_tensors():
         assert implementations("memory_mixing") == ("triton", "portable")
         with pytest.raises(NotImplementedError, match="'cpu'"):
@@ -74,8 +76,6 @@ if keras.backend.backend() == "torch":
         outputs, weights = outputs.to("meta"), weights.to("meta")
         packing.targets = packing.targets.to("meta")
         norm = norm._replace(scale=norm.scale.to("meta"), gate=norm.gate.to("meta"))
-        result = memory_mixing(
-            outputs, weights, packing, norm, implementation="triton"
-        )
+        result = memory_mixing(outputs, weights, packing, norm, implementation="triton")
         assert result.shape == (BATCH, LENGTH, HEADS * WIDTH)
         assert str(result.dtype) == "torch.bfloat16"

@@ -106,7 +106,14 @@ def mix_sequence(
     size, block = chunk_size(length), block_size(length)
     history = max(sizes.history, int(rule.read_before_update))
     packing = Packing(
-        indices, sizes.num_memories, sizes.shared, mask, history, size, block
+        indices,
+        sizes.num_memories,
+        sizes.shared,
+        mask,
+        history,
+        size,
+        block,
+        implementation=options["implementation"],
     )
     documents = None
     if segment_ids is not None:

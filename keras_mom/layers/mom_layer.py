@@ -358,9 +358,7 @@ class MoMLayer(StateMixin, ProjectionsMixin, keras.layers.Layer):
         super()._clear_losses()
 
     def _route(self, inputs):
-        return self.router(
-            inputs, top_k=self.top_k, implementation=self.implementation
-        )
+        return self.router(inputs, top_k=self.top_k, implementation=self.implementation)
 
     def _output_norm(self, inputs):
         gate = None if self.gate_projection is None else self.gate_projection(inputs)

@@ -3,11 +3,6 @@
 In the interpreter, or on a GPU where there is one.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -164,17 +159,3 @@ def test_no_tokens_at_all(batch, length):
     assert result.shape == (batch, length, 32)
     for name, x in gradients.items():
         assert x.shape == few[name].shape and not x.any(), name
-
-
-def test_benchmark_shape_on_hopper_spills_no_register():
-    # In a process of its own, without the interpreter.
-    here = Path(__file__).resolve().parent
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(here.parents[1] / "kernels")])
-    command = [sys.executable, "-W", "ignore", str(here / "offline_mixing.py")]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
-    lines = [line.split() for line in result.stdout.splitlines()]
-    assert len(lines) >= 4
-    for *name, registers, stack in lines:
-        assert int(stack) == 0, (name, registers, stack)

@@ -111,57 +111,50 @@ def _tables(
     x = Tables(*tables)
     if not batch:
         return tables
-    known = dict(ROUTED=num_memories, MEMORIES=memories, TOP_K=top_k, num_warps=4)
-    with on(indices.device):
-        triton_packing.rank_tokens[(batch * memories,)](  # type: ignore[index]
-            indices,
-            mask,
-            x.position,
-            x.count,
-            length,
-            MASKED=mask is not None,
-            BLOCK=block,
-            **known,
-        )
-        triton_packing.place_rows[(batch * programs,)](  # type: ignore[index]
-            indices,
-            x.count,
-            x.position,
-            x.targets,
-            x.slot,
-            x.token,
-            x.memory,
-            x.place,
-            x.start,
-            x.chunk_offsets,
-            length,
-            rows,
-            chunks,
-            HISTORY=history,
-            CHUNK=chunk_size,
-            BLOCK=tile,
-            BLOCK_M=block_m,
-            **known,
-        )
+    known = dict(ROUTED=num_memories, MEMORIES=memories, TOP_K=top_k)
+    _run(
+        triton_packing.rank_tokens,
+        batch * memories,
+        (indices, mask, x.position, x.count, length),
+        MASKED=mask is not None,
+        BLOCK=block,
+        **known,
+    )
+    targets = (x.targets, x.slot, x.token, x.memory, x.place, x.start, x.chunk_offsets)
+    _run(
+        triton_packing.place_rows,
+        batch * programs,
+        (indices, x.count, x.position, *targets, length, rows, chunks),
+        HISTORY=history,
+        CHUNK=chunk_size,
+        BLOCK=tile,
+        BLOCK_M=block_m,
+        **known,
+    )
     return tables
+
+
+def _run(kernel, programs, arguments, **known):
+    with on(arguments[0].device):
+        kernel[(programs,)](*arguments, **known, num_warps=4)
 
 
 def _empty(indices, mask, num_memories, shared, history, chunk_size, chunks):
     """The tables of a call, not filled in."""
     batch, length, top_k = indices.shape
     memories, rows = num_memories + shared, chunks * chunk_size
-    shapes = Tables(
-        position=(batch, length, memories),
-        targets=(batch, length, top_k + shared),
-        slot=(batch, rows),
-        token=(batch, rows),
-        memory=(batch, rows),
-        place=(batch, rows),
-        start=(batch, memories),
-        count=(batch, memories),
-        chunk_offsets=(batch, memories + 1),
+    tables = Tables(
+        position=indices.new_empty((batch, length, memories)),
+        targets=indices.new_empty((batch, length, top_k + shared)),
+        slot=indices.new_empty((batch, rows)),
+        token=indices.new_empty((batch, rows)),
+        memory=indices.new_empty((batch, rows)),
+        place=indices.new_empty((batch, rows)),
+        start=indices.new_empty((batch, memories)),
+        count=indices.new_empty((batch, memories)),
+        chunk_offsets=indices.new_empty((batch, memories + 1)),
     )
-    return [indices.new_empty(shape) for shape in shapes]
+    return list(tables)
 
 
 _tables.register_fake(_empty)
