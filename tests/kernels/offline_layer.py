@@ -38,6 +38,11 @@ def mixing_kernels(case):
         how = Launch(0, 0, launch.warps, 3)
         name = f"{function.__name__}-{case.name}"
         found.append(Kernel(name, function, how, constants))
+    clear = dict(WIDTH=case.H * case.V, ROWS=32, BLOCK=128)
+    types |= {"written": "*u8", "x": _POINTERS[case.dtype]}
+    function = triton_mixing.clear_rows
+    name = f"{function.__name__}-{case.name}"
+    found.append(Kernel(name, function, Launch(0, 0, 4, 3), clear))
     return found, types
 
 

@@ -13,6 +13,8 @@ pytest.importorskip("triton")
 
 from keras_mom_kernels.memory_mixing.torch import memory_mixing  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCES = {
     "float32": (1e-5, 1e-4),

@@ -10,6 +10,8 @@ pytest.importorskip("triton")
 
 from keras_mom_kernels.packing.torch import Tables, packing_tables  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

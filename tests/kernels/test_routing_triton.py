@@ -10,6 +10,8 @@ pytest.importorskip("triton")
 
 from keras_mom_kernels.routing.torch import route  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = ((2, 9, 4, 2), (1, 300, 5, 3), (3, 7, 1, 1), (2, 5, 6, 6), (1, 3, 130, 8))
 

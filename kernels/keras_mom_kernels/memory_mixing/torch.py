@@ -3,8 +3,8 @@
     from keras_mom_kernels.memory_mixing.torch import memory_mixing
 
 Runs on NVIDIA GPUs from sm_80 on, and on AMD; on a CPU with `TRITON_INTERPRET=1`.
-Nothing is read back to the host. One kernel a direction: it reads each input once and
-writes each result once. The backward pass keeps the inputs alone. Results are the
+Nothing is read back to the host. Each input is read once and each result written once
+in either direction. The backward pass keeps the inputs alone. Results are the
 same in each run: no kernel uses atomics.
 """
 
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from keras_mom_kernels.memory_mixing.triton_mixing import mix, mix_gradients
+from keras_mom_kernels.memory_mixing.triton_mixing import clear_rows, mix, mix_gradients
 from keras_mom_kernels.memory_scan.configurations import power_of_two
 from keras_mom_kernels.memory_scan.torch import new_enough
 from keras_mom_kernels.memory_scan.torch_launches import on
@@ -197,20 +197,26 @@ def _backward(
     """Gradients of outputs, weights, scale and gate, if given."""
     batch, tokens, slots = targets.shape
     _, rows, heads, width = outputs.shape
-    # Packed rows without a token stay zero.
-    outputs_grad = torch.zeros_like(outputs)
+    outputs_grad = torch.empty_like(outputs)
     weights_grad = torch.empty_like(weights)
     gate_grad = None if gate is None else torch.empty_like(gate)
     launch = launch_of(heads, width, slots, gradients=True)
     known = _constants(launch, outputs, weights, targets, gate)
     programs = batch * triton.cdiv(tokens, launch.tokens * launch.steps)
     partials = outputs.new_empty((programs, width), dtype=torch.float32)
+    # Packed rows without a token become zero behind the others: zeros under them all
+    # would be written to memory twice.
+    written = outputs.new_zeros((batch, rows), dtype=torch.uint8)
     if output_grad.numel():
         tensors = (output_grad, outputs, weights, targets, scale, gate)
-        grads = (outputs_grad, weights_grad, gate_grad, partials)
+        grads = (outputs_grad, weights_grad, gate_grad, partials, written)
         blocks = dict(STEPS=launch.steps, BLOCK_SLOTS=triton.next_power_of_2(slots))
         arguments = (*tensors, *grads, tokens, rows, epsilon)
         _run(mix_gradients, programs, *arguments, **blocks, **known)
+    if outputs_grad.numel():
+        blocks = dict(WIDTH=heads * width, ROWS=32, BLOCK=128, num_warps=4)
+        programs = triton.cdiv(batch * rows, 32)
+        _run(clear_rows, programs, outputs_grad, written, batch * rows, **blocks)
     scale_grad = partials.sum(0).to(scale.dtype)
     gradients = [outputs_grad, weights_grad, scale_grad]
     return gradients if gate_grad is None else [*gradients, gate_grad]

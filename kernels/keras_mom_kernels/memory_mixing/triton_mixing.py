@@ -162,6 +162,7 @@ def mix_gradients(
     weights_grad,
     gate_grad,
     partials,
+    written,
     tokens,
     rows,
     epsilon,
@@ -179,13 +180,15 @@ def mix_gradients(
     """Gradients of all inputs: a program takes STEPS tiles of tokens.
 
     The scale's gradient is left as float32 `partials` `[programs, V]`. Packed rows
-    without a token are not written.
+    without a token are not written; `written`, uint8 `[B, R]` of zeros, gets ones for
+    the others.
     """
     blocks = tl.cdiv(tokens, TOKENS * STEPS)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     begin = (tl.program_id(0) % blocks) * (TOKENS * STEPS)
     outputs += batch * rows * (H * V)
     outputs_grad += batch * rows * (H * V)
+    written += batch * rows
     weights += batch * tokens * WEIGHTED
     weights_grad += batch * tokens * WEIGHTED
     targets += batch * tokens * SLOTS
@@ -244,6 +247,8 @@ def mix_gradients(
                 places = ((target * H + head) * V)[:, None] + column[None, :]
                 own = filled[:, None] & inside[None, :]
                 store_rows(outputs_grad, places, own, grad * weight[:, None])
+                one = tl.full((TOKENS * HEADS,), 1, tl.uint8)
+                tl.store(written + target, one, mask=filled & (head == 0))
                 if slot < WEIGHTED:
                     product = row_products(grad, taken[slot])
                     product = tl.sum(tl.reshape(product, (TOKENS, HEADS)), axis=1)
@@ -257,3 +262,19 @@ def mix_gradients(
     place = tl.program_id(0).to(tl.int64) * V
     total = tl.sum(scale_grad, axis=0)
     tl.store(partials + place + column, total, mask=column < V)
+
+
+@triton.jit
+def clear_rows(
+    x, written, rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Zeros in the rows of `[rows, WIDTH]` that are not `written`: a program ROWS."""
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    row = tl.arange(0, ROWS)
+    empty = tl.load(written + first + row, mask=first + row < rows, other=1) == 0
+    x += first * WIDTH
+    for begin in range(0, WIDTH, BLOCK):
+        column = begin + tl.arange(0, BLOCK)
+        offsets = (row * WIDTH)[:, None] + column[None, :]
+        zero = tl.zeros((ROWS, BLOCK), x.dtype.element_ty)
+        tl.store(x + offsets, zero, mask=empty[:, None] & (column < WIDTH)[None, :])

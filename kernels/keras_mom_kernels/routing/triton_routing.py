@@ -33,7 +33,7 @@ def route(
     # Tokens behind the last one would give infinities' differences.
     x = tl.where(mask | (memory >= M), x, 0.0)
     exponential = tl.exp(x - tl.max(x, axis=1)[:, None])
-    p = exponential / tl.sum(exponential, axis=1)[:, None]
+    p = tl.div_rn(exponential, tl.sum(exponential, axis=1)[:, None])
     tl.store(probabilities + offsets, p, mask=mask)
 
     # What is no number comes behind all numbers, what is taken behind that, and
@@ -53,7 +53,9 @@ def route(
         picked = tl.where(slot == j, value[:, None], picked)
         chosen = tl.where(slot == j, index[:, None], chosen)
     offsets, mask = row_places(tokens, TOP_K, TOKENS, BLOCK_K)
-    tl.store(weights + offsets, picked / tl.sum(picked, axis=1)[:, None], mask=mask)
+    # Rounded to nearest, so that a single weight is 1.
+    share = tl.div_rn(picked, tl.sum(picked, axis=1)[:, None])
+    tl.store(weights + offsets, share, mask=mask)
     tl.store(indices + offsets, chosen, mask=mask)
 
 
@@ -75,20 +77,22 @@ def route_gradients(
     memory = tl.arange(0, BLOCK_M)[None, :]
     p = tl.load(probabilities + offsets, mask=mask, other=0.0)
     grad = tl.load(probabilities_grad + offsets, mask=mask, other=0.0)
-    # Each chosen memory's gradient of its weight, and which ones are chosen.
-    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    inside = token < tokens
-    direct = tl.zeros((TOKENS, BLOCK_M), tl.float32)
-    chosen = direct > 1.0
-    for j in tl.static_range(TOP_K):
-        index = tl.load(indices + token * TOP_K + j, mask=inside, other=0)
-        own = tl.load(weights_grad + token * TOP_K + j, mask=inside, other=0.0)
-        here = memory == index[:, None]
-        direct = tl.where(here, own[:, None], direct)
-        chosen |= here
-    picked = tl.where(chosen, p, 0.0)
-    total = tl.where(inside, tl.sum(picked, axis=1), 1.0)[:, None]
-    along = tl.sum(direct * picked, axis=1)[:, None] / total
-    grad += tl.where(chosen, (direct - along) / total, 0.0)
+    # The weight of a single memory is always 1, and has no gradient.
+    if TOP_K > 1:
+        # Each chosen memory's gradient of its weight, and which ones are chosen.
+        token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+        inside = token < tokens
+        direct = tl.zeros((TOKENS, BLOCK_M), tl.float32)
+        chosen = direct > 1.0
+        for j in tl.static_range(TOP_K):
+            index = tl.load(indices + token * TOP_K + j, mask=inside, other=0)
+            own = tl.load(weights_grad + token * TOP_K + j, mask=inside, other=0.0)
+            here = memory == index[:, None]
+            direct = tl.where(here, own[:, None], direct)
+            chosen |= here
+        picked = tl.where(chosen, p, 0.0)
+        total = tl.where(inside, tl.sum(picked, axis=1), 1.0)[:, None]
+        along = tl.sum(direct * picked, axis=1)[:, None] / total
+        grad += tl.where(chosen, (direct - along) / total, 0.0)
     grad = p * (grad - tl.sum(p * grad, axis=1)[:, None])
     tl.store(logits_grad + offsets, grad, mask=mask)
