@@ -5,8 +5,6 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_mom import backend
-from keras_mom.ops.dispatch import implementations
 from keras_mom.ops.memory_mixing import OutputNorm, memory_mixing
 from keras_mom.ops.packing import Packing
 from keras_mom_kernels.memory_mixing.reference import memory_mixing as reference
@@ -59,23 +57,3 @@ def test_dtype_of_the_result():
     outputs, *rest = arguments(True, True, dtype="bfloat16")
     result = memory_mixing(ops.cast(outputs, "bfloat16"), *rest)
     assert keras.backend.standardize_dtype(result.dtype) == "bfloat16"
-
-
-if keras.backend.backend() == "torch":
-
-    @pytest.mark.skipif(backend.accelerator() is not None, reason="a GPU is there")
-    def test_triton_takes_no_cpu_tensors():
-        assert implementations("memory_mixing") == ("triton", "portable")
-        with pytest.raises(NotImplementedError, match="'cpu'"):
-            memory_mixing(*arguments(True, True), implementation="triton")
-
-    def test_triton_is_called_as_it_wants_to_be():
-        """On tensors without memory, which the operator's fake serves."""
-        pytest.importorskip("triton")
-        outputs, weights, packing, norm = arguments(True, True, dtype="bfloat16")
-        outputs, weights = outputs.to("meta"), weights.to("meta")
-        packing.targets = packing.targets.to("meta")
-        norm = norm._replace(scale=norm.scale.to("meta"), gate=norm.gate.to("meta"))
-        result = memory_mixing(outputs, weights, packing, norm, implementation="triton")
-        assert result.shape == (BATCH, LENGTH, HEADS * WIDTH)
-        assert str(result.dtype) == "torch.bfloat16"

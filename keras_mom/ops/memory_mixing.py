@@ -39,7 +39,7 @@ class OutputNorm(NamedTuple):
 def memory_mixing(outputs, weights, packing, norm, *, implementation=None):
     """Sums each token's packed rows by weight, then normalizes and gates the sum.
 
-    Source: arXiv 2502.13685, equation 6.
+    Source: arXiv 2502.13685.
 
     Args:
         outputs: float `[B, R, H, V]`, what the packed rows read.

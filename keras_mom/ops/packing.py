@@ -57,8 +57,9 @@ class Packing:
         block_size=1,
         implementation=None,
     ):
-        indices = ops.convert_to_tensor(indices)
-        mask = None if mask is None else ops.convert_to_tensor(mask)
+        # Conversion would move a tensor to the default device.
+        if not ops.is_tensor(indices):
+            indices = ops.convert_to_tensor(indices)
         self.history, self.chunk_size = history, chunk_size
         self.num_memories = num_memories + shared
         sizes = _Sizes(num_memories, bool(shared), history, chunk_size, block_size)

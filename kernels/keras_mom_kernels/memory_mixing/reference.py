@@ -1,7 +1,7 @@
 """The output of a Mixture-of-Memories layer before its projection, token by token.
 
 Runs on NumPy, and on torch (`xp=torch`) for gradients; in float64 it decides what is
-right. Source: arXiv 2502.13685, equation 6, and its implementation's gated RMSNorm.
+right. Source: arXiv 2502.13685, and its implementation's gated RMSNorm.
 """
 
 import numpy as np

@@ -47,7 +47,7 @@ def memory_mixing(
     scale and gate. Packed rows of no token are not read, nor are weights and gate of
     tokens without a row; these give zeros.
 
-    Source: arXiv 2502.13685, equation 6.
+    Source: arXiv 2502.13685.
 
     Args:
         outputs: float32, bfloat16 or float16 `[B, R, H, V]`, what packed rows read;
