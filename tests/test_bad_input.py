@@ -76,8 +76,8 @@ def test_unknown_implementation():
 
 @pytest.mark.parametrize("length", [1, 6])
 def test_an_implementation_that_does_not_exist_here(length):
-    layer = make_layer(implementation="triton")
-    with pytest.raises(NotImplementedError, match="implementation='triton'.*portable"):
+    layer = make_layer(implementation="pallas")
+    with pytest.raises(NotImplementedError, match="implementation='pallas'.*portable"):
         layer(INPUTS[:, :length])
 
 

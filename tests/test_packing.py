@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from keras import ops
 
 from keras_mom.ops.packing import Documents, Packing
-from keras_mom_kernels.packing.reference import packed_tokens
+from keras_mom_kernels.packing.reference import packed_tokens, packing_tables
 
 settings.register_profile("packing", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("packing")
@@ -63,6 +63,23 @@ def test_rows_are_the_memories_tokens_in_time_order(routing, shared, history, si
             t, j = divmod(slot[b, row], slots)
             assert t == token[b, row] and targets[b, t, j] == row
         assert (targets[b] >= 0).sum() == filled.sum()
+
+
+@given(routings(), st.booleans(), st.sampled_from([0, 3]), st.sampled_from([1, 4, 16]))
+def test_tables_are_those_of_the_reference(routing, shared, history, size):
+    memories, indices, mask = routing
+    packing = Packing(indices, memories, shared, mask, history, size, block_size=2)
+    expected = packing_tables(
+        indices,
+        mask,
+        num_memories=memories,
+        shared=shared,
+        history=history,
+        chunk_size=size,
+        chunks=packing.rows // size,
+    )
+    for name, table in expected.items():
+        np.testing.assert_array_equal(array(getattr(packing, name)), table, name)
 
 
 @given(routings(), st.booleans())

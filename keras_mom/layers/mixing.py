@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from keras_mom.layers.row_scan import RowScan
+from keras_mom.ops.memory_mixing import memory_mixing
 from keras_mom.ops.memory_scan import AlignedSegments, block_size, chunk_size
 from keras_mom.ops.normalization import l2_normalize
 from keras_mom.ops.packed_convolution import (
@@ -18,7 +19,7 @@ from keras_mom.ops.packed_convolution import (
 )
 from keras_mom.ops.packing import Documents, Packing
 from keras_mom.ops.padding import pad
-from keras_mom.ops.rows import gather_rows, sum_rows
+from keras_mom.ops.rows import gather_rows
 from keras_mom.ops.short_convolution import short_convolution
 
 
@@ -75,15 +76,26 @@ class Tokens(NamedTuple):
 
 
 def mix_sequence(
-    sizes, rule, kernels, tokens, weights, indices, mask, segment_ids, state, options
+    sizes,
+    rule,
+    kernels,
+    norm,
+    tokens,
+    weights,
+    indices,
+    mask,
+    segment_ids,
+    state,
+    options,
 ):
-    """Writes tokens to their memories and mixes what they read.
+    """Writes tokens to their memories; mixes, normalizes and gates what they read.
 
     Args:
         sizes: `Sizes`.
         rule: `MemoryUpdateRule`.
         kernels: convolution kernels of query, key and value, `[W + 1, channels]`
             each, or None.
+        norm: `OutputNorm`.
         tokens: `Tokens`.
         weights: float32 `[B, T, k]`.
         indices: int32 `[B, T, k]`.
@@ -93,13 +105,21 @@ def mix_sequence(
         options: dict: `implementation`, and whether to `return_state`.
 
     Returns:
-        Mixed outputs, float32 `[B, T, H, V]`, and the new state, or None.
+        Mixed outputs, `[B, T, H * V]` of the dtype of `norm`, and the new state, or
+        None.
     """
     length = ops.shape(indices)[1]
     size, block = chunk_size(length), block_size(length)
     history = max(sizes.history, int(rule.read_before_update))
     packing = Packing(
-        indices, sizes.num_memories, sizes.shared, mask, history, size, block
+        indices,
+        sizes.num_memories,
+        sizes.shared,
+        mask,
+        history,
+        size,
+        block,
+        implementation=options["implementation"],
     )
     documents = None
     if segment_ids is not None:
@@ -166,7 +186,9 @@ def mix_sequence(
         beta,
         None if state is None else state[0],
     )
-    mixed = _mix(sizes, packing, outputs, weights)
+    mixed = memory_mixing(
+        outputs, weights, packing, norm, implementation=options["implementation"]
+    )
     if not options["return_state"]:
         return mixed, None
     if documents is not None:
@@ -178,7 +200,9 @@ def mix_sequence(
     return mixed, (memories, windows)
 
 
-def mix_token(sizes, rule, kernels, tokens, weights, indices, mask, state, options):
+def mix_token(
+    sizes, rule, kernels, norm, tokens, weights, indices, mask, state, options
+):
     """`mix_sequence` for T == 1 without packing: every memory takes or skips the token.
 
     `state` is never None here.
@@ -258,7 +282,7 @@ def mix_token(sizes, rule, kernels, tokens, weights, indices, mask, state, optio
     outputs = ops.where(active[..., None, None], outputs * weight, 0.0)
     memories = ops.reshape(memories, ops.shape(state[0]))
     memories = ops.where(active[..., None, None, None], memories, state[0])
-    return ops.sum(outputs, axis=1)[:, None], (memories, *new_state)
+    return norm(ops.sum(outputs, axis=1)[:, None]), (memories, *new_state)
 
 
 def _head_widths(sizes):
@@ -296,19 +320,3 @@ def _packed_feature(x, moves):
     return _reshape_last(rows, rest)
 
 
-def _mix(sizes, packing, outputs, weights):
-    """Weighted sum of each token's rows: `[B, R, H, V]` to `[B, T, H, V]`."""
-    batch, length, _ = ops.shape(weights)
-    if sizes.shared:
-        weights = pad(weights, 2, after=1, fill=1)
-    slots = weights.shape[2]
-    row_weights = gather_rows(
-        ops.reshape(weights, (batch, length * slots, 1)),
-        packing.slot,
-        ops.reshape(packing.targets, (batch, length * slots, 1)),
-    )
-    rows = ops.shape(outputs)[1]
-    width = sizes.num_heads * sizes.value_dim
-    outputs = ops.reshape(ops.cast(outputs, "float32"), (batch, rows, width))
-    mixed = sum_rows(outputs * row_weights, packing.token, packing.targets)
-    return _reshape_last(mixed, (sizes.num_heads, sizes.value_dim))

@@ -14,7 +14,8 @@ from keras_mom.layers.projections import ProjectionsMixin
 from keras_mom.layers.rematerialization import call_on_tensors
 from keras_mom.layers.router import Router
 from keras_mom.layers.state import StateMixin
-from keras_mom.ops.routing import routing_statistics, top_k_routing
+from keras_mom.ops.memory_mixing import OutputNorm
+from keras_mom.ops.routing import routing_statistics
 from keras_mom.rules.base import per_memory_dense
 
 
@@ -323,8 +324,7 @@ class MoMLayer(StateMixin, ProjectionsMixin, keras.layers.Layer):
         if mask is not None:
             inputs = ops.where(mask[..., None], inputs, ops.zeros((), inputs.dtype))
 
-        probabilities = self.router(inputs)
-        weights, indices = top_k_routing(probabilities, self.top_k)
+        probabilities, weights, indices = self._route(inputs)
         statistics = routing_statistics(probabilities, indices, mask)
         tokens = Tokens(
             self.query_projection(inputs),
@@ -339,13 +339,14 @@ class MoMLayer(StateMixin, ProjectionsMixin, keras.layers.Layer):
             ]
         return_state = self.return_state or self.stateful
         options = dict(implementation=self.implementation, return_state=return_state)
-        common = (self.sizes, self.update_rule, kernels, tokens, weights, indices, mask)
+        layer = (self.sizes, self.update_rule, kernels, self._output_norm(inputs))
+        common = (*layer, tokens, weights, indices, mask)
         if inputs.shape[1] == 1:
             state = self.get_initial_state(batch) if state is None else state
             mixed, state = mix_token(*common, state, options)
         else:
             mixed, state = mix_sequence(*common, segment_ids, state, options)
-        output = self._project_output(mixed, inputs)
+        output = self.output_projection(mixed)
         if not self.return_sequences:
             output = _last_valid(output, mask)
         return output, state if return_state else None, statistics
@@ -356,16 +357,13 @@ class MoMLayer(StateMixin, ProjectionsMixin, keras.layers.Layer):
         self._losses = []
         super()._clear_losses()
 
-    def _project_output(self, mixed, inputs):
-        mean_square = ops.mean(ops.square(mixed), axis=-1, keepdims=True)
-        normalized = mixed * ops.rsqrt(mean_square + self.norm_epsilon)
-        normalized = normalized * ops.cast(self.norm_scale, "float32")
-        batch, length, heads, width = ops.shape(normalized)
-        output = ops.reshape(normalized, (batch, length, heads * width))
-        if self.gate_projection is not None:
-            gate = ops.cast(self.gate_projection(inputs), "float32")
-            output = output * ops.silu(gate)
-        return self.output_projection(ops.cast(output, self.compute_dtype))
+    def _route(self, inputs):
+        return self.router(inputs, top_k=self.top_k, implementation=self.implementation)
+
+    def _output_norm(self, inputs):
+        gate = None if self.gate_projection is None else self.gate_projection(inputs)
+        scale = ops.convert_to_tensor(self.norm_scale)
+        return OutputNorm(scale, gate, self.norm_epsilon, self.compute_dtype)
 
     def _record(self, training, output, state, statistics):
         """Writes what a call leaves behind, and returns its outputs."""
@@ -400,7 +398,7 @@ class MoMLayer(StateMixin, ProjectionsMixin, keras.layers.Layer):
         if not self.built:
             self.build(inputs.shape)
         check_call(inputs, mask, None)
-        weights, indices = top_k_routing(self.router(inputs), self.top_k)
+        _, weights, indices = self._route(inputs)
         if mask is not None:
             weights = ops.where(ops.cast(mask, "bool")[..., None], weights, 0.0)
         return weights, indices

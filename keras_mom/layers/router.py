@@ -3,6 +3,8 @@
 import keras
 from keras import ops
 
+from keras_mom.ops.routing import route
+
 
 @keras.saving.register_keras_serializable("keras_mom")
 class Router(keras.layers.Layer):
@@ -40,13 +42,25 @@ class Router(keras.layers.Layer):
         )
         self.built = True
 
-    def call(self, inputs):
-        """`[B, T, D]` to probabilities, float32 `[B, T, M]`."""
-        return ops.softmax(ops.matmul(ops.cast(inputs, "float32"), self.kernel))
+    def call(self, inputs, top_k=None, implementation=None):
+        """Probabilities, float32 `[B, T, M]`, of `[B, T, D]`.
 
-    def compute_output_spec(self, inputs):
-        shape = (*inputs.shape[:-1], self.num_memories)
-        return keras.KerasTensor(shape, dtype="float32")
+        With `top_k` also weights, float32, and indices, int32, both `[B, T, top_k]`;
+        `implementation` is that of `keras_mom.ops.routing.route`.
+        """
+        logits = ops.matmul(ops.cast(inputs, "float32"), self.kernel)
+        if top_k is None:
+            return ops.softmax(logits)
+        return route(logits, top_k, implementation=implementation)
+
+    def compute_output_spec(self, inputs, top_k=None, implementation=None):
+        shape = tuple(inputs.shape[:-1])
+        probabilities = keras.KerasTensor((*shape, self.num_memories), "float32")
+        if top_k is None:
+            return probabilities
+        shape = (*shape, top_k)
+        weights, indices = (keras.KerasTensor(shape, x) for x in ("float32", "int32"))
+        return probabilities, weights, indices
 
     def get_config(self):
         return {

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from keras import ops
 
 from keras_mom import backend
+from keras_mom.ops.dispatch import dispatch, register
 from keras_mom.ops.padding import pad
 
 
@@ -31,6 +32,7 @@ class Packing:
         history: W, rows kept free in front of each memory's tokens.
         chunk_size: C.
         block_size: the number of chunks a batch row is a multiple of this.
+        implementation: as in `keras_mom.ops.memory_scan`.
 
     Attributes:
         position: int32 `[B, T, M]`, the row of token t in memory m, else -1.
@@ -45,14 +47,25 @@ class Packing:
     """
 
     def __init__(
-        self, indices, num_memories, shared, mask, history, chunk_size, block_size=1
+        self,
+        indices,
+        num_memories,
+        shared,
+        mask,
+        history,
+        chunk_size,
+        block_size=1,
+        implementation=None,
     ):
+        # Conversion would move a tensor to the default device.
+        if not ops.is_tensor(indices):
+            indices = ops.convert_to_tensor(indices)
         self.history, self.chunk_size = history, chunk_size
         self.num_memories = num_memories + shared
         sizes = _Sizes(num_memories, bool(shared), history, chunk_size, block_size)
         _, length, top_k = ops.shape(indices)
         self.rows = sizes.chunks(length, top_k) * chunk_size
-        tables = _tables(sizes, indices, mask)
+        tables = dispatch("packing_tables", implementation, sizes, indices, mask)
         self.position, self.targets = tables["position"], tables["targets"]
         self.slot, self.token = tables["slot"], tables["token"]
         self.memory, self.place = tables["memory"], tables["place"]
@@ -119,6 +132,7 @@ class _Sizes(NamedTuple):
         return -(-chunks // self.block_size) * self.block_size
 
 
+@register("packing_tables", "portable")
 @backend.compiled
 def _tables(sizes, indices, mask):
     """The tensors of a `Packing`, by name."""

@@ -5,6 +5,30 @@ from typing import NamedTuple
 from keras import ops
 
 from keras_mom import backend
+from keras_mom.ops.dispatch import dispatch, register
+
+
+def route(logits, top_k, *, implementation=None):
+    """Probabilities of the memories, and each token's `top_k` most probable ones.
+
+    Source: arXiv 2502.13685, section 3.1.
+
+    Args:
+        logits: float32 `[B, T, M]`.
+        top_k: k, as in `top_k_routing`.
+        implementation: as in `keras_mom.ops.memory_scan`.
+
+    Returns:
+        `softmax(logits)`, float32 `[B, T, M]`, and weights and indices as
+        `top_k_routing` returns them.
+    """
+    return dispatch("routing", implementation, logits, top_k)
+
+
+@register("routing", "portable")
+def _portable(logits, top_k):
+    probabilities = ops.softmax(logits)
+    return probabilities, *top_k_routing(probabilities, top_k)
 
 
 def top_k_routing(probabilities, top_k):

@@ -23,6 +23,8 @@ def test_keras_is_not_imported():
     code = (
         "import sys, keras_mom_kernels.memory_scan.reference,"
         " keras_mom_kernels.memory_scan.shapes,"
+        " keras_mom_kernels.memory_mixing.reference,"
+        " keras_mom_kernels.memory_mixing.shapes,"
         " keras_mom_kernels.packing.reference, keras_mom_kernels.routing.reference,"
         " keras_mom_kernels.short_convolution.reference,"
         " keras_mom_kernels.packed_convolution.reference,"

@@ -123,12 +123,13 @@ def check_device(tensor):
         raise NotImplementedError(
             f"the Triton kernels need a GPU; the tensors are on {device.type!r}"
         )
-    if device.type == "cuda" and not _new_enough(device.index):
+    if device.type == "cuda" and not new_enough(device.index):
         raise NotImplementedError("the Triton kernels need sm_80 or later")
 
 
 @torch.compiler.assume_constant_result
-def _new_enough(index):
+def new_enough(index):
+    """Whether the Triton kernels run on the GPU of this index."""
     if torch.version.hip is not None:
         return True
     return torch.cuda.get_device_capability(index) >= (8, 0)

@@ -1,0 +1,28 @@
+"""The memory mixing's Triton kernels, as an implementation of it on torch."""
+
+from keras_mom.ops.dispatch import register
+
+
+@register("memory_mixing", "triton")
+def _triton(outputs, weights, packing, norm):
+    device = outputs.device.type
+    if device not in ("cuda", "meta"):
+        raise NotImplementedError(
+            f"the Triton kernels need a GPU; the tensors are on {device!r}"
+        )
+    try:
+        # Triton takes a while to import, and a CPU does without it.
+        from keras_mom_kernels.memory_mixing import torch as kernels
+    except ImportError as error:
+        raise NotImplementedError(f"Triton is not installed ({error})") from error
+    if norm.dtype not in kernels.DTYPES:
+        raise NotImplementedError(f"no Triton kernel has results of {norm.dtype}")
+    return kernels.memory_mixing(
+        outputs,
+        weights,
+        packing.targets,
+        norm.scale,
+        norm.gate,
+        epsilon=norm.epsilon,
+        dtype=kernels.DTYPES[norm.dtype],
+    )

@@ -1,0 +1,1 @@
+"""Mixing of what a token's memories answer, normalized and gated."""

@@ -1,0 +1,124 @@
+"""Routing on torch through Triton kernels, one a direction.
+
+    from keras_mom_kernels.routing.torch import route
+
+Runs on NVIDIA GPUs from sm_80 on, and on AMD; on a CPU with `TRITON_INTERPRET=1`.
+Nothing is read back to the host.
+"""
+
+import torch
+import triton
+
+from keras_mom_kernels.memory_scan.torch_launches import on
+from keras_mom_kernels.memory_scan.triton_common import INTERPRETED
+from keras_mom_kernels.routing import triton_routing
+
+
+def route(
+    logits: torch.Tensor, top_k: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Probabilities of the memories, and each token's `top_k` most probable ones.
+
+    Ties go to the lowest index. A token whose logits are not numbers goes to the first
+    `top_k` memories, with weights that are not numbers. Differentiable through
+    probabilities and weights.
+
+    Source: arXiv 2502.13685, section 3.1.
+
+    Args:
+        logits: float32 `[B, T, M]`, M up to 1024.
+        top_k: k, 1 to M.
+
+    Returns:
+        `softmax(logits)`, float32 `[B, T, M]`; weights, float32 `[B, T, k]`, which sum
+        to 1; memory indices, int32 `[B, T, k]`, most probable first.
+
+    Raises:
+        NotImplementedError: if the kernels cannot serve the call, with the reason.
+    """
+    kind = logits.device.type
+    if kind not in ("cuda", "meta") and not INTERPRETED.value:
+        raise NotImplementedError(
+            f"the Triton kernels need a GPU; the tensors are on {kind!r}"
+        )
+    if logits.dtype != torch.float32:
+        raise NotImplementedError(f"logits are float32, not {logits.dtype}")
+    if logits.shape[-1] > 1024:
+        raise NotImplementedError(
+            f"the Triton kernels take up to 1024 memories, not {logits.shape[-1]}"
+        )
+    probabilities, weights, indices = _forward(logits.contiguous(), top_k)
+    return probabilities, weights, indices
+
+
+def _run(kernel, tensors, top_k, **blocks):
+    batch, length, memories = tensors[0].shape
+    block = triton.next_power_of_2(memories)
+    tokens, of_program = batch * length, max(1, 512 // block)
+    if not tokens:
+        return
+    with on(tensors[0].device):
+        kernel[(triton.cdiv(tokens, of_program),)](
+            *tensors,
+            tokens,
+            M=memories,
+            TOP_K=top_k,
+            TOKENS=of_program,
+            BLOCK_M=block,
+            **blocks,
+            num_warps=4,
+        )
+
+
+@torch.library.custom_op("keras_mom_kernels::route", mutates_args=())
+def _forward(
+    logits: torch.Tensor, top_k: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    probabilities, weights, indices = _empty(logits, top_k)
+    tensors = (logits, probabilities, weights, indices)
+    block = triton.next_power_of_2(top_k)
+    _run(triton_routing.route, tensors, top_k, BLOCK_K=block)
+    return probabilities, weights, indices
+
+
+def _empty(logits, top_k):
+    shape = (*logits.shape[:-1], top_k)
+    weights = logits.new_empty(shape)
+    indices = logits.new_empty(shape, dtype=torch.int32)
+    return torch.empty_like(logits), weights, indices
+
+
+_forward.register_fake(_empty)
+
+
+@torch.library.custom_op("keras_mom_kernels::route_backward", mutates_args=())
+def _backward(
+    probabilities_grad: torch.Tensor,
+    weights_grad: torch.Tensor,
+    probabilities: torch.Tensor,
+    indices: torch.Tensor,
+) -> torch.Tensor:
+    logits_grad = torch.empty_like(probabilities)
+    grads = (probabilities_grad, weights_grad)
+    tensors = (*grads, probabilities, indices, logits_grad)
+    _run(triton_routing.route_gradients, tensors, indices.shape[-1])
+    return logits_grad
+
+
+@_backward.register_fake
+def _(probabilities_grad, weights_grad, probabilities, indices):
+    return torch.empty_like(probabilities)
+
+
+def _setup_context(ctx, inputs, output):
+    probabilities, _, indices = output
+    ctx.mark_non_differentiable(indices)
+    ctx.save_for_backward(probabilities, indices)
+
+
+def _autograd_backward(ctx, probabilities_grad, weights_grad, _):
+    grads = probabilities_grad.contiguous(), weights_grad.contiguous()
+    return _backward(*grads, *ctx.saved_tensors), None
+
+
+_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
