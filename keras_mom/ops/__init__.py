@@ -8,6 +8,7 @@ from keras_mom.ops.short_convolution import short_convolution
 
 if keras.backend.backend() == "torch":
     from keras_mom.ops import triton_scan as triton_scan
+    from keras_mom.ops import triton_step as triton_step
 
 __all__ = [
     "RoutingStatistics",

@@ -5,6 +5,7 @@ from typing import Any
 import keras
 
 from keras_mom.initializers import Blocks, clone_initializer
+from keras_mom.ops.normalization import l2_normalize
 from keras_mom.rules.low_rank import PerMemoryLowRank
 
 
@@ -43,6 +44,8 @@ class MemoryUpdateRule(keras.layers.Layer):
             before its own decay and write.
         convolution_activations: `"silu"` or None for query, key and value, behind the
             short convolution.
+        normalized: whether query and key are L2-normalized behind that. It counts for
+            rules that have `gates` and leave `prepare` as it is.
         num_heads, key_dim, value_dim: H, K and V of the layer, known in
             `create_projections` and after.
         num_projections: P.
@@ -52,6 +55,7 @@ class MemoryUpdateRule(keras.layers.Layer):
     erase_before_decay = False
     read_before_update = False
     convolution_activations = ("silu", "silu", "silu")
+    normalized = (False, False)
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -147,6 +151,23 @@ class MemoryUpdateRule(keras.layers.Layer):
             Tuple (query, key, value, log_decay, beta) in the sense of
             `keras_mom.ops.memory_scan`; log_decay and beta may be None.
         """
+        if self.normalized[0]:
+            query = l2_normalize(query)
+        if self.normalized[1]:
+            key = l2_normalize(key)
+        return query, key, value, *self.gates(*projected)
+
+    def gates(self, *projected):
+        """Log decay and beta of rows; a rule has either this method or `prepare`.
+
+        With it, and with `normalized`, decoding normalizes where it convolves.
+
+        Args:
+            *projected: rows of what `project` returned, `[B, R, ...]`.
+
+        Returns:
+            Tuple (log_decay, beta), as of `prepare`.
+        """
         raise NotImplementedError
 
     def scan(self, scan, query, key, value, log_decay, beta, initial_state):
@@ -156,7 +177,7 @@ class MemoryUpdateRule(keras.layers.Layer):
         have a log decay and a beta of 0.
 
         Args:
-            scan: `RowScan`, which runs a memory scan over these rows.
+            scan: `RowScan` or `TokenScan`, which run a memory scan over these rows.
             query, key, value, log_decay, beta: what `prepare` returned, beta float32
                 `[B, R, H]`.
             initial_state: float32 `[B, M, H, *state_shape]`, or None for an empty one.

@@ -3,7 +3,6 @@
 import keras
 from keras import ops
 
-from keras_mom.ops.normalization import l2_normalize
 from keras_mom.rules.base import MemoryUpdateRule
 
 
@@ -22,6 +21,7 @@ class DeltaNet(MemoryUpdateRule):
     """
 
     write = "delta"
+    normalized = (True, True)
 
     def __init__(self, allow_negative_eigenvalues=False, **kwargs):
         super().__init__(**kwargs)
@@ -35,11 +35,11 @@ class DeltaNet(MemoryUpdateRule):
     def project(self, inputs):
         return (self.split_memories(self.write_strength_projection(inputs)),)
 
-    def prepare(self, query, key, value, write_strength):
+    def gates(self, write_strength):
         beta = ops.sigmoid(ops.cast(write_strength, "float32"))
         if self.allow_negative_eigenvalues:
             beta = 2 * beta
-        return l2_normalize(query), l2_normalize(key), value, None, beta
+        return None, beta
 
     def get_config(self):
         return {

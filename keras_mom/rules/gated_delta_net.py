@@ -4,7 +4,6 @@ import keras
 from keras import ops
 
 from keras_mom.initializers import InverseSoftplusLogUniform, LogUniform
-from keras_mom.ops.normalization import l2_normalize
 from keras_mom.rules.base import MemoryUpdateRule
 
 
@@ -21,6 +20,7 @@ class GatedDeltaNet(MemoryUpdateRule):
     """
 
     write = "delta"
+    normalized = (True, True)
 
     def create_projections(self):
         self.decay_projection = self.per_memory_dense(self.num_heads, "decay")
@@ -41,8 +41,8 @@ class GatedDeltaNet(MemoryUpdateRule):
             self.split_memories(self.write_strength_projection(inputs)),
         )
 
-    def prepare(self, query, key, value, decay, write_strength):
+    def gates(self, decay, write_strength):
         decay = ops.cast(decay, "float32") + self.dt_bias
         log_decay = -ops.exp(self.a_log) * ops.softplus(decay)
         beta = ops.sigmoid(ops.cast(write_strength, "float32"))
-        return l2_normalize(query), l2_normalize(key), value, log_decay, beta
+        return log_decay, beta

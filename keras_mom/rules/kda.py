@@ -5,7 +5,6 @@ from keras import ops
 
 from keras_mom.checks import check_positive
 from keras_mom.initializers import InverseSoftplusLogUniform, LogUniform
-from keras_mom.ops.normalization import l2_normalize
 from keras_mom.rules.base import MemoryUpdateRule
 
 
@@ -27,6 +26,7 @@ class KDA(MemoryUpdateRule):
     """
 
     write = "delta"
+    normalized = (True, True)
 
     def __init__(self, rank=None, **kwargs):
         super().__init__(**kwargs)
@@ -58,12 +58,14 @@ class KDA(MemoryUpdateRule):
             self.split_memories(self.write_strength_projection(inputs)),
         )
 
-    def prepare(self, query, key, value, decay, write_strength):
-        decay = ops.reshape(ops.cast(decay, "float32"), ops.shape(query))
+    def gates(self, decay, write_strength):
+        decay = ops.cast(decay, "float32")
+        shape = (*ops.shape(decay)[:2], self.num_heads, self.key_dim)
+        decay = ops.reshape(decay, shape)
         rate = ops.exp(self.a_log)[:, None]
         log_decay = -rate * ops.softplus(decay + self.dt_bias)
         beta = ops.sigmoid(ops.cast(write_strength, "float32"))
-        return l2_normalize(query), l2_normalize(key), value, log_decay, beta
+        return log_decay, beta
 
     def get_config(self):
         return {**super().get_config(), "rank": self.rank}

@@ -7,7 +7,6 @@ from keras import ops
 
 from keras_mom.checks import check_positive
 from keras_mom.initializers import Ramp
-from keras_mom.ops.normalization import l2_normalize
 from keras_mom.rules.base import MemoryUpdateRule
 
 
@@ -31,6 +30,7 @@ class RWKV7(MemoryUpdateRule):
 
     write = "delta"
     erase_before_decay = True
+    normalized = (False, True)
 
     def __init__(self, rank=64, **kwargs):
         super().__init__(**kwargs)
@@ -55,11 +55,13 @@ class RWKV7(MemoryUpdateRule):
             self.split_memories(self.rate_projection(inputs)),
         )
 
-    def prepare(self, query, key, value, decay, rate):
-        decay = ops.reshape(ops.cast(decay, "float32"), ops.shape(query))
+    def gates(self, decay, rate):
+        decay = ops.cast(decay, "float32")
+        shape = (*ops.shape(decay)[:2], self.num_heads, self.key_dim)
+        decay = ops.reshape(decay, shape)
         log_decay = -math.exp(-0.5) * ops.sigmoid(decay + self.decay_bias)
         beta = ops.sigmoid(ops.cast(rate, "float32"))
-        return query, l2_normalize(key), value, log_decay, beta
+        return log_decay, beta
 
     def get_config(self):
         return {**super().get_config(), "rank": self.rank}

@@ -4,7 +4,6 @@ import keras
 from keras import ops
 
 from keras_mom.initializers import InverseSoftplusLogUniform
-from keras_mom.ops.normalization import l2_normalize
 from keras_mom.rules.base import MemoryUpdateRule
 
 
@@ -24,6 +23,7 @@ class Titans(MemoryUpdateRule):
 
     write = "delta"
     erase_before_decay = True
+    normalized = (True, True)
 
     def create_projections(self):
         self.forget_projection = self.per_memory_dense(self.num_heads, "forget")
@@ -41,8 +41,8 @@ class Titans(MemoryUpdateRule):
             self.split_memories(self.rate_projection(inputs)),
         )
 
-    def prepare(self, query, key, value, forget, rate):
+    def gates(self, forget, rate):
         # log(1 - sigmoid(z)) = -softplus(z).
         log_decay = -ops.softplus(ops.cast(forget, "float32") + self.forget_bias)
         beta = ops.sigmoid(ops.cast(rate, "float32"))
-        return l2_normalize(query), l2_normalize(key), value, log_decay, beta
+        return log_decay, beta

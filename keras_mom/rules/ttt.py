@@ -3,7 +3,6 @@
 import keras
 from keras import ops
 
-from keras_mom.ops.normalization import l2_normalize
 from keras_mom.rules.base import MemoryUpdateRule
 
 
@@ -24,6 +23,7 @@ class TTT(MemoryUpdateRule):
     """
 
     write = "delta"
+    normalized = (True, True)
 
     def __init__(self, learning_rate=1.0, **kwargs):
         super().__init__(**kwargs)
@@ -40,9 +40,9 @@ class TTT(MemoryUpdateRule):
     def project(self, inputs):
         return (self.split_memories(self.rate_projection(inputs)),)
 
-    def prepare(self, query, key, value, rate):
+    def gates(self, rate):
         beta = self.learning_rate * ops.sigmoid(ops.cast(rate, "float32"))
-        return l2_normalize(query), l2_normalize(key), value, None, beta
+        return None, beta
 
     def get_config(self):
         return {**super().get_config(), "learning_rate": self.learning_rate}

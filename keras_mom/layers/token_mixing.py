@@ -1,0 +1,88 @@
+"""From a single projected token to its mixed output, without packing.
+
+Names are those of `keras_mom.layers.mixing`.
+"""
+
+import functools
+
+from keras import ops
+
+from keras_mom.ops.memory_step import (
+    TokenScan,
+    convolution_step,
+    memory_step,
+    of_memories,
+    scan_and_mix,
+)
+from keras_mom.ops.padding import pad
+from keras_mom.rules.base import MemoryUpdateRule
+
+
+def mix_token(sizes, rule, kernels, tokens, weights, indices, mask, state, options):
+    """`mix_sequence` for T == 1: every memory takes or skips the token.
+
+    `state` is never None here, and there are no documents.
+    """
+    implementation = options["implementation"]
+    weights, active = _by_memory(sizes, weights, indices, mask)
+    sets = tuple(sizes.projection_of_memory)
+    # What `prepare` does in general, and what it does to query and key first.
+    plain = type(rule).prepare is MemoryUpdateRule.prepare
+    query, key, value, window = convolution_step(
+        tokens.query[:, 0],
+        _by_set(tokens.key, sizes.projections),
+        _by_set(tokens.value, sizes.projections),
+        kernels,
+        None if kernels is None else state[1],
+        active,
+        heads=sizes.num_heads,
+        set_of_memory=sets,
+        activations=(None,) * 3 if kernels is None else rule.convolution_activations,
+        normalized=rule.normalized if plain else (False, False),
+        implementation=implementation,
+    )
+    features = [of_memories(x[:, 0], sets) for x in tokens.features]
+    if plain:
+        log_decay, beta = rule.gates(*features)
+    else:
+        query, key, value, log_decay, beta = rule.prepare(query, key, value, *features)
+    if type(rule).scan is MemoryUpdateRule.scan:
+        mixed, memories = memory_step(
+            query,
+            key,
+            value,
+            log_decay=log_decay,
+            beta=beta,
+            weights=weights,
+            active=active,
+            state=state[0],
+            write=rule.write,
+            erase_before_decay=rule.erase_before_decay,
+            read_before_update=rule.read_before_update,
+            implementation=implementation,
+        )
+    else:
+        scan = functools.partial(rule.scan, TokenScan(implementation))
+        rows = (query, key, value, log_decay, beta)
+        mixed, memories = scan_and_mix(scan, *rows, weights, active, state[0])
+    return mixed[:, None], (memories,) if kernels is None else (memories, window)
+
+
+def _by_memory(sizes, weights, indices, mask):
+    """Weights `[B, 1, k]` by memory, `[B, M]`, and which memories take the token."""
+    index = ops.arange(sizes.num_memories, dtype="int32")
+    chosen = indices[:, 0, :, None] == index
+    active = ops.any(chosen, axis=1)
+    weight = ops.sum(ops.where(chosen, weights[:, 0, :, None], 0.0), axis=1)
+    if sizes.shared:
+        active = pad(active, 1, after=1, fill=1)
+        weight = pad(weight, 1, after=1, fill=1)
+    if mask is not None:
+        active = ops.logical_and(active, mask)
+    return weight, active
+
+
+def _by_set(x, sets):
+    """`[B, 1, sets * E]` to `[B, sets, E]`."""
+    batch, _, width = ops.shape(x)
+    return ops.reshape(x, (batch, sets, width // sets))
