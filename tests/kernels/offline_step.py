@@ -5,12 +5,12 @@ import sys
 from offline import Kernel, compiled, resources
 
 from keras_mom_kernels.memory_scan.configurations import Launch
-from keras_mom_kernels.memory_step.torch import (
+from keras_mom_kernels.memory_step.torch_launches import (
     convolution_constants,
-    convolve_token,
     step_constants,
-    step_memories,
 )
+from keras_mom_kernels.memory_step.triton_convolution import convolve_token
+from keras_mom_kernels.memory_step.triton_step import step_memories
 
 _POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 

@@ -75,7 +75,7 @@ def convolution_step(
         query[:, None].repeat(memories, axis=1),
         *(x[:, list(set_of_memory)] for x in (key, value)),
     )
-    new_window = None if window is None else np.array(window)
+    new_window = np.array(window)
     rows, start = [], 0
     for i, x in enumerate(inputs):
         width = x.shape[-1]
@@ -101,4 +101,4 @@ def convolution_step(
             row[b, m] = y.reshape(-1)
         rows.append(row.reshape(batch, memories, heads, -1))
         start += width
-    return *rows, new_window
+    return *rows, None if window is None else new_window

@@ -10,14 +10,13 @@ gradient. No kernel uses atomics; a batch row's results do not depend on the oth
 
 import torch
 
-from keras_mom_kernels.memory_scan.configurations import power_of_two
 from keras_mom_kernels.memory_scan.torch import check_served
-from keras_mom_kernels.memory_scan.torch_launches import on
-from keras_mom_kernels.memory_step.triton_convolution import convolve_token
-from keras_mom_kernels.memory_step.triton_step import step_memories
-
-# Value channels a program takes: 64 programs for 8 heads of 128 channels.
-_BLOCK_V = 16
+from keras_mom_kernels.memory_step.torch_launches import (
+    launch_convolution,
+    launch_step,
+    new_output,
+    new_rows,
+)
 
 
 def memory_step(
@@ -124,7 +123,7 @@ def convolution_step(
         ValueError: if one of `kernels` and `window` is given without the other.
     """
     rows = [x.unflatten(-1, (heads, -1)) for x in (query, key, value)]
-    check_served(*rows, "key", None)
+    check_served(rows[0], rows[1], rows[2], "key", None)
     _check_gradients(query, key, value, *(kernels or ()), window)
     if (kernels is None) != (window is None):
         raise ValueError("`kernels` and `window` are given together, or neither is")
@@ -182,12 +181,12 @@ def _step(
     tensors = (query, key, value, log_decay, beta, weights, active, state)
     options = (write, erase_before_decay, read_before_update, scale)
     new_state = torch.empty_like(state)
-    return _launch_step(tensors, new_state, *options), new_state
+    return launch_step(tensors, new_state, *options), new_state
 
 
 @_step.register_fake
 def _(query, key, value, log_decay, beta, weights, active, state, *options):
-    return _new_output(value), torch.empty_like(state)
+    return new_output(value), torch.empty_like(state)
 
 
 @torch.library.custom_op(
@@ -209,68 +208,12 @@ def _step_in_place(
 ) -> torch.Tensor:
     tensors = (query, key, value, log_decay, beta, weights, active, state)
     options = (write, erase_before_decay, read_before_update, scale)
-    return _launch_step(tensors, state, *options)
+    return launch_step(tensors, state, *options)
 
 
 @_step_in_place.register_fake
 def _(query, key, value, *others):
-    return _new_output(value)
-
-
-def _new_output(value):
-    """float32 `[B, H, V]`."""
-    batch, _, *shape = value.shape
-    return value.new_empty((batch, *shape), dtype=torch.float32)
-
-
-def step_constants(key_dim, value_dim):
-    """Sizes of a program of `step_memories`, and its warps."""
-    block_k = power_of_two(key_dim)
-    sizes = dict(K=key_dim, V=value_dim, BLOCK_K=block_k, BLOCK_V=_BLOCK_V)
-    # 16 elements of a state a thread.
-    return sizes, max(1, block_k * _BLOCK_V // 512)
-
-
-def _launch_step(
-    tensors, new_state, write, erase_before_decay, read_before_update, scale
-):
-    query, key, value, log_decay, beta, weights, active, state = tensors
-    output = _new_output(value)
-    batch, memories, heads, key_dim, value_dim = state.shape
-    sizes, warps = step_constants(key_dim, value_dim)
-    decay = "none"
-    if log_decay is not None:
-        decay = "head" if log_decay.ndim == 3 else "channel"
-    delta = write == "delta"
-    programs = batch * heads * -(-value_dim // _BLOCK_V)
-    if not programs:
-        return output
-    with on(state.device):
-        step_memories[(programs,)](
-            query,
-            key,
-            value,
-            log_decay,
-            beta,
-            weights,
-            active,
-            state,
-            new_state,
-            output,
-            scale,
-            heads,
-            memories,
-            DECAY=decay,
-            DELTA=delta,
-            EXCLUSIVE=erase_before_decay and delta and decay != "none",
-            BETA=beta is not None,
-            READ_FIRST=read_before_update,
-            IN_PLACE=new_state is state,
-            **sizes,
-            num_warps=warps,
-            num_stages=1,
-        )
-    return output
+    return new_output(value)
 
 
 @torch.library.custom_op("keras_mom_kernels::convolution_step", mutates_args=())
@@ -289,67 +232,21 @@ def _convolve(
     set_of_memory: list[int],
     epsilon: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    inputs = (query, key, value)
-    *outputs, new_window = _new_rows(inputs, window, heads, set_of_memory)
-    memories = len(set_of_memory)
-    programs = active.shape[0] * memories * 3 * heads
-    if not programs:
-        return *outputs, new_window
-    sizes, warps = convolution_constants(
-        outputs[1].shape[-1],
-        outputs[2].shape[-1],
-        None if window is None else window.shape[2],
+    kernels = (query_kernel, key_kernel, value_kernel)
+    return launch_convolution(
+        (query, key, value),
+        kernels,
+        window,
+        active,
+        silu,
+        normalized,
+        heads,
+        set_of_memory,
+        epsilon,
     )
-    with on(query.device):
-        convolve_token[(programs,)](
-            *inputs,
-            query_kernel,
-            key_kernel,
-            value_kernel,
-            window,
-            active,
-            *outputs,
-            new_window,
-            heads,
-            epsilon,
-            SETS=(*set_of_memory, key.shape[1]),
-            QUERY_SILU=silu[0],
-            KEY_SILU=silu[1],
-            VALUE_SILU=silu[2],
-            NORMALIZED_QUERY=normalized[0],
-            NORMALIZED_KEY=normalized[1],
-            **sizes,
-            num_warps=warps,
-            num_stages=1,
-        )
-    return *outputs, new_window
-
-
-def convolution_constants(key_dim, value_dim, history):
-    """Sizes of a program of `convolve_token`, and its warps."""
-    blocks = power_of_two(key_dim), power_of_two(value_dim)
-    sizes = dict(
-        K=key_dim,
-        V=value_dim,
-        BLOCK_K=blocks[0],
-        BLOCK_V=blocks[1],
-        HISTORY=history or 0,
-        BLOCK_T=1 << (history or 0).bit_length(),
-        CONVOLVED=history is not None,
-    )
-    # 4 channels a thread, 16 bytes of the window.
-    return sizes, max(1, max(blocks) // 128)
-
-
-def _new_rows(inputs, window, heads, set_of_memory):
-    """Empty query, key and value rows and window; it is empty where there is none."""
-    shape = (inputs[0].shape[0], len(set_of_memory), heads)
-    rows = [x.new_empty((*shape, x.shape[-1] // heads)) for x in inputs]
-    empty = inputs[0].new_empty(0, dtype=torch.float32)
-    return *rows, empty if window is None else torch.empty_like(window)
 
 
 @_convolve.register_fake
 def _(query, key, value, *others):
     window, _, _, _, heads, set_of_memory, _ = others[3:]
-    return _new_rows((query, key, value), window, heads, set_of_memory)
+    return new_rows((query, key, value), window, heads, set_of_memory)
