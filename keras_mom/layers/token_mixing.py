@@ -13,8 +13,8 @@ from keras_mom.ops.memory_step import (
     memory_step,
     of_memories,
     scan_and_mix,
+    spread_routing,
 )
-from keras_mom.ops.padding import pad
 from keras_mom.rules.base import MemoryUpdateRule
 
 
@@ -24,7 +24,14 @@ def mix_token(sizes, rule, kernels, tokens, weights, indices, mask, state, optio
     `state` is never None here, and there are no documents.
     """
     implementation = options["implementation"]
-    weights, active = _by_memory(sizes, weights, indices, mask)
+    weights, active = spread_routing(
+        weights[:, 0],
+        indices[:, 0],
+        None if mask is None else mask[:, 0],
+        num_memories=sizes.num_memories,
+        shared=sizes.shared,
+        implementation=implementation,
+    )
     sets = tuple(sizes.projection_of_memory)
     # What `prepare` does in general, and what it does to query and key first.
     plain = type(rule).prepare is MemoryUpdateRule.prepare
@@ -66,20 +73,6 @@ def mix_token(sizes, rule, kernels, tokens, weights, indices, mask, state, optio
         rows = (query, key, value, log_decay, beta)
         mixed, memories = scan_and_mix(scan, *rows, weights, active, state[0])
     return mixed[:, None], (memories,) if kernels is None else (memories, window)
-
-
-def _by_memory(sizes, weights, indices, mask):
-    """Weights `[B, 1, k]` by memory, `[B, M]`, and which memories take the token."""
-    index = ops.arange(sizes.num_memories, dtype="int32")
-    chosen = indices[:, 0, :, None] == index
-    active = ops.any(chosen, axis=1)
-    weight = ops.sum(ops.where(chosen, weights[:, 0, :, None], 0.0), axis=1)
-    if sizes.shared:
-        active = pad(active, 1, after=1, fill=1)
-        weight = pad(weight, 1, after=1, fill=1)
-    if mask is not None:
-        active = ops.logical_and(active, mask)
-    return weight, active
 
 
 def _by_set(x, sets):

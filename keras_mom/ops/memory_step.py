@@ -8,7 +8,36 @@ from keras import ops
 from keras_mom import backend
 from keras_mom.ops.dispatch import dispatch, register
 from keras_mom.ops.normalization import l2_normalize
+from keras_mom.ops.padding import pad
 from keras_mom.ops.short_convolution import short_convolution
+
+
+def spread_routing(
+    weights, indices, mask, *, num_memories, shared, implementation=None
+):
+    """A token's routing by memory.
+
+    Args:
+        weights: float32 `[B, k]`.
+        indices: int32 `[B, k]`: the routed memories that take the token.
+        mask: bool `[B]`: whether there is a token, or None.
+        num_memories: of the routed ones.
+        shared: whether there is one more memory, which takes every token with weight 1.
+        implementation: as in `keras_mom.ops.memory_scan`.
+
+    Returns:
+        Weights, float32 `[B, M]`, and bool `[B, M]`: the memories that take the token;
+        M counts the shared one, which is last.
+    """
+    return dispatch(
+        "spread_routing",
+        implementation,
+        weights,
+        indices,
+        mask,
+        num_memories=num_memories,
+        shared=shared,
+    )
 
 
 def convolution_step(
@@ -117,6 +146,20 @@ def memory_step(
         scale=scale,
         parts=implementation,
     )
+
+
+@register("spread_routing", "portable")
+def _portable_routing(weights, indices, mask, *, num_memories, shared):
+    index = ops.arange(num_memories, dtype="int32")
+    chosen = indices[..., None] == index
+    active = ops.any(chosen, axis=1)
+    spread = ops.sum(ops.where(chosen, weights[..., None], 0.0), axis=1)
+    if shared:
+        active = pad(active, 1, after=1, fill=1)
+        spread = pad(spread, 1, after=1, fill=1)
+    if mask is not None:
+        active = ops.logical_and(active, mask[:, None])
+    return spread, active
 
 
 # `parts` names the implementation of the operations that a portable form is made of.

@@ -5,6 +5,11 @@ from keras_mom.ops.dispatch import register
 _UNCHECKED = "it has not been checked on a GPU; implementation='triton' asks for it"
 
 
+@register("spread_routing", "triton", only_named=_UNCHECKED)
+def _routing(weights, *others, **options):
+    return _kernels(weights).spread_routing(weights, *others, **options)
+
+
 @register("convolution_step", "triton", only_named=_UNCHECKED)
 def _convolution(query, *others, parts, **options):
     del parts

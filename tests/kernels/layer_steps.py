@@ -20,7 +20,7 @@ def steps_by(implementation):
     """A `dispatch` that runs the steps by `implementation`, all else as it is."""
 
     def run(operation, name, *args, **kwargs):
-        if operation in ("convolution_step", "memory_step"):
+        if operation in ("convolution_step", "memory_step", "spread_routing"):
             name = implementation
             CALLED.append((operation, name))
         return dispatch(operation, name, *args, **kwargs)

@@ -10,6 +10,7 @@ from keras_mom_kernels.memory_step.torch_launches import (
     step_constants,
 )
 from keras_mom_kernels.memory_step.triton_convolution import convolve_token
+from keras_mom_kernels.memory_step.triton_routing import spread_choices
 from keras_mom_kernels.memory_step.triton_step import step_memories
 
 _POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
@@ -23,6 +24,7 @@ def kernels(key_dim, value_dim, dtype):
     types |= {f"{name}_kernel": rows for name in ("query", "key", "value")}
     types |= dict.fromkeys(("window", "new_window", "state", "new_state"), float32)
     types |= dict.fromkeys(("log_decay", "beta", "weights", "output"), float32)
+    types |= {"indices": "*i32", "mask": "*u8", "spread": float32, "choices": "i32"}
     types |= {"active": "*u8", "heads": "i32", "memories": "i32"}
     types |= {"epsilon": "fp32", "scale": "fp32"}
 
@@ -40,6 +42,8 @@ def kernels(key_dim, value_dim, dtype):
         Kernel("convolve_token", convolve_token, Launch(0, 0, warps, 1), constants),
         {name: x for name, x in types.items() if name != "state"},
     )
+    constants = dict(MEMORIES=5, BLOCK=16, SHARED=True, MASKED=True)
+    yield Kernel("spread_choices", spread_choices, Launch(0, 0, 1, 1), constants), types
     sizes, warps = step_constants(key_dim, value_dim)
     for decay in ("none", "head", "channel"):
         for in_place in (False, True):

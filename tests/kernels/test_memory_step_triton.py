@@ -22,6 +22,7 @@ pytest.importorskip("triton")
 from keras_mom_kernels.memory_step.torch import (  # noqa: E402
     convolution_step,
     memory_step,
+    spread_routing,
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -137,6 +138,25 @@ def test_windows_and_rows_are_those_of_the_convolution(case):
             np.testing.assert_array_equal(actual.cpu(), expected.astype("float32"))
 
 
+@pytest.mark.parametrize(
+    "memories, shared, masked", ((4, True, True), (9, False, False), (17, True, False))
+)
+def test_routing_by_memory(memories, shared, masked):
+    random = np.random.default_rng(0)
+    scores = random.uniform(size=(3, memories)).astype("float32")
+    indices = np.argsort(scores)[:, :2].astype("int32")
+    weights, mask = np.take_along_axis(scores, indices, 1), None
+    if masked:
+        mask = np.array([True, False, True])
+    how = {"num_memories": memories, "shared": shared}
+    expected = reference.spread_routing(weights, indices, mask, **how)
+    actual = spread_routing(
+        tensor(weights), torch.tensor(indices, device=DEVICE), tensor(mask), **how
+    )
+    for x, y in zip(actual, expected):
+        np.testing.assert_array_equal(x.cpu().numpy(), y)
+
+
 @pytest.mark.parametrize("in_place", (False, True))
 @pytest.mark.parametrize("decay", ("none", "head", "channel"))
 def test_inactive_memories_are_neither_read_nor_changed(decay, in_place):
@@ -233,6 +253,8 @@ def test_the_operators_keep_their_promises_to_torch():
     inputs = [tensor(x) for x in (*token["projected"], *kernels, window)]
     how = ([True, True, False], [True, False], 1, [0, 1], 1e-6)
     torch.library.opcheck(operators.convolution_step.default, (*inputs, active, *how))
+    routing = (torch.ones(1, 1, device=DEVICE), active[:, :1], None, 2, True)
+    torch.library.opcheck(operators.spread_routing.default, routing)
 
 
 def test_what_no_kernel_serves_is_named():

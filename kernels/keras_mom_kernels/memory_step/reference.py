@@ -102,3 +102,21 @@ def convolution_step(
         rows.append(row.reshape(batch, memories, heads, -1))
         start += width
     return *rows, None if window is None else new_window
+
+
+def spread_routing(weights, indices, mask, *, num_memories, shared):
+    """Shapes and meaning are those of `keras_mom_kernels.memory_step.torch`.
+
+    Returns:
+        Weights `[B, M]` and bool `[B, M]`: the memories that take the token.
+    """
+    batch = weights.shape[0]
+    spread = np.full((batch, num_memories + shared), float(shared))
+    spread[:, :num_memories] = 0
+    active = spread > 0
+    for place in np.ndindex(weights.shape):
+        spread[place[0], indices[place]] = weights[place]
+        active[place[0], indices[place]] = True
+    if mask is not None:
+        active &= mask[:, None]
+    return spread, active

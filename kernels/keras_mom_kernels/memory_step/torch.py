@@ -2,10 +2,11 @@
 
     from keras_mom_kernels.memory_step.torch import convolution_step, memory_step
 
-What decoding needs between the projections of a token and its mixed output: two
-launches, with nothing read back to the host and nothing of a data-dependent shape, so
-that both are captured in CUDA graphs. Runs where the memory scan does. Neither has a
-gradient. No kernel uses atomics; a batch row's results do not depend on the others.
+What decoding needs between the projections of a token and its mixed output: a launch
+each for routing, convolution and memories, with nothing read back to the host and
+nothing of a data-dependent shape, so that they are captured in CUDA graphs. Runs where
+the memory scan does. None has a gradient. No kernel uses atomics; a batch row's results
+do not depend on the others.
 """
 
 import torch
@@ -13,8 +14,10 @@ import torch
 from keras_mom_kernels.memory_scan.torch import check_served
 from keras_mom_kernels.memory_step.torch_launches import (
     launch_convolution,
+    launch_spread,
     launch_step,
     new_output,
+    new_routing,
     new_rows,
 )
 
@@ -141,6 +144,37 @@ def convolution_step(
     return *rows, None if kernels is None else moved
 
 
+def spread_routing(
+    weights: torch.Tensor,
+    indices: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    num_memories: int,
+    shared: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A token's routing by memory, as the other functions take it.
+
+    Args:
+        weights: float `[B, k]`.
+        indices: int32 `[B, k]`, which of the routed memories take the token.
+        mask: bool `[B]`: whether there is a token, or None.
+        num_memories: of the routed ones.
+        shared: whether there is one more memory, which takes every token with weight 1.
+
+    Returns:
+        Weights, float32 `[B, M]`, and bool `[B, M]`: the memories that take the token;
+        M counts the shared one, which is last.
+
+    Raises:
+        NotImplementedError: as of the others.
+    """
+    check_served(weights, weights, weights, "key", None)
+    _check_gradients(weights)
+    tensors = (weights, indices, None if mask is None else _integers(mask))
+    tensors = [None if x is None else x.contiguous() for x in tensors]
+    return _spread(*tensors, num_memories, shared)
+
+
 def _integers(active):
     """bool as bytes, without a copy."""
     return active.view(torch.uint8) if active.dtype == torch.bool else active
@@ -244,6 +278,22 @@ def _convolve(
         set_of_memory,
         epsilon,
     )
+
+
+@torch.library.custom_op("keras_mom_kernels::spread_routing", mutates_args=())
+def _spread(
+    weights: torch.Tensor,
+    indices: torch.Tensor,
+    mask: torch.Tensor | None,
+    num_memories: int,
+    shared: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return launch_spread(weights, indices, mask, num_memories, shared)
+
+
+@_spread.register_fake
+def _(weights, indices, mask, num_memories, shared):
+    return new_routing(weights, num_memories + shared)
 
 
 @_convolve.register_fake

@@ -5,6 +5,7 @@ import torch
 from keras_mom_kernels.memory_scan.configurations import power_of_two
 from keras_mom_kernels.memory_scan.torch_launches import on
 from keras_mom_kernels.memory_step.triton_convolution import convolve_token
+from keras_mom_kernels.memory_step.triton_routing import spread_choices
 from keras_mom_kernels.memory_step.triton_step import step_memories
 
 # Value channels a program takes: 64 programs for 8 heads of 128 channels.
@@ -127,3 +128,26 @@ def new_rows(inputs, window, heads, set_of_memory):
     query, key, value = (x.new_empty((*shape, x.shape[-1] // heads)) for x in inputs)
     empty = query.new_empty(0, dtype=torch.float32)
     return query, key, value, empty if window is None else torch.empty_like(window)
+
+
+def launch_spread(weights, indices, mask, num_memories, shared):
+    """Weights and memories that take the token, as `spread_routing` returns them."""
+    memories = num_memories + shared
+    outputs = spread, active = new_routing(weights, memories)
+    constants = dict(
+        MEMORIES=memories,
+        BLOCK=power_of_two(memories),
+        SHARED=shared,
+        MASKED=mask is not None,
+    )
+    batch, choices = indices.shape
+    arguments = (weights, indices, mask, spread, active.view(torch.uint8), choices)
+    _run(spread_choices, batch, weights.device, 1, arguments, constants)
+    return outputs
+
+
+def new_routing(weights, memories):
+    """Empty weights and active memories, `[B, M]`."""
+    shape = (weights.shape[0], memories)
+    spread = weights.new_empty(shape, dtype=torch.float32)
+    return spread, weights.new_empty(shape, dtype=torch.bool)
