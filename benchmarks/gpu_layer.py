@@ -154,7 +154,7 @@ def profile_graph(graph, least=0.02):
 def time_training(depth=DEPTH):
     model = Model(depth)
     tokens = torch.randint(VOCABULARY, (BATCH, LENGTH + 1), device="cuda")
-    
+
     model(tokens[:, :16])
     parameters = model.parameters()
     count = sum(x.numel() for x in parameters)

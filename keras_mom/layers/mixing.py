@@ -4,23 +4,20 @@ Names, beside B, T, H, K, V, M and k: P projection sets, J memories a token (k, 
 the shared one), R packed rows a batch row, W convolution history.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from keras import ops
 
 from keras_mom.layers.row_scan import RowScan
 from keras_mom.ops.memory_mixing import memory_mixing
 from keras_mom.ops.memory_scan import AlignedSegments, block_size, chunk_size
-from keras_mom.ops.normalization import l2_normalize
 from keras_mom.ops.packed_convolution import (
     behind_windows,
     last_windows,
     packed_convolution,
 )
 from keras_mom.ops.packing import Documents, Packing
-from keras_mom.ops.padding import pad
 from keras_mom.ops.rows import gather_rows
-from keras_mom.ops.short_convolution import short_convolution
 
 
 class Sizes(NamedTuple):
@@ -200,91 +197,6 @@ def mix_sequence(
     return mixed, (memories, windows)
 
 
-def mix_token(
-    sizes, rule, kernels, norm, tokens, weights, indices, mask, state, options
-):
-    """`mix_sequence` for T == 1 without packing: every memory takes or skips the token.
-
-    `state` is never None here.
-    """
-    batch = ops.shape(indices)[0]
-    sets = ops.convert_to_tensor(sizes.projection_of_memory, "int32")
-
-    def of_memories(x):
-        return ops.take(x, sets, axis=1)
-
-    index = ops.arange(sizes.num_memories, dtype="int32")
-    chosen = indices[:, 0, :, None] == index
-    active = ops.any(chosen, axis=1)
-    weight = ops.sum(ops.where(chosen, weights[:, 0, :, None], 0.0), axis=1)
-    if sizes.shared:
-        active = pad(active, 1, after=1, fill=1)
-        weight = pad(weight, 1, after=1, fill=1)
-    if mask is not None:
-        active = ops.logical_and(active, mask)
-
-    query = ops.repeat(tokens.query, sizes.memories, axis=1)
-    key = of_memories(_by_set(tokens.key, sizes.projections))
-    value = of_memories(_by_set(tokens.value, sizes.projections))
-    new_state = []
-    if kernels is not None:
-        flat = batch * sizes.memories
-        window = ops.reshape(state[1], (flat, sizes.history, sum(sizes.channels)))
-        convolved, moved = [], []
-        for x, kernel, before, activation in zip(
-            (query, key, value),
-            kernels,
-            _split_channels(sizes, window),
-            rule.convolution_activations,
-        ):
-            output, after = short_convolution(
-                ops.reshape(x, (flat, 1, x.shape[-1])),
-                kernel,
-                initial_state=before,
-                return_state=True,
-                activation=activation,
-                implementation=options["implementation"],
-            )
-            convolved.append(ops.reshape(output, (batch, sizes.memories, x.shape[-1])))
-            moved.append(ops.cast(after, "float32"))
-        query, key, value = convolved
-        moved = ops.reshape(ops.concatenate(moved, axis=-1), ops.shape(state[1]))
-        new_state.append(ops.where(active[..., None, None], moved, state[1]))
-    heads = [
-        _reshape_last(x, (sizes.num_heads, width))
-        for x, width in zip((query, key, value), _head_widths(sizes))
-    ]
-    for i, normalized in enumerate(rule.normalized):
-        heads[i] = l2_normalize(heads[i]) if normalized else heads[i]
-    features = [of_memories(x[:, 0]) for x in tokens.features]
-    query, key, value, log_decay, beta = rule.prepare(*heads, *features)
-    if log_decay is not None:
-        log_decay = ops.where(_like(active[..., None], log_decay), log_decay, 0.0)
-    if beta is None:
-        beta = ops.ones(ops.shape(query)[:3], "float32")
-    beta = ops.where(active[..., None], beta, 0.0)
-
-    def one_step(x) -> Any:
-        if x is None:
-            return None
-        shape = ops.shape(x)
-        return ops.reshape(x, (batch * sizes.memories, 1, *shape[2:]))
-
-    outputs, memories = rule.scan(
-        RowScan(options["implementation"]),
-        *[one_step(x) for x in (query, key, value, log_decay, beta)],
-        one_step(state[0])[:, 0],
-    )
-    shape = (batch, sizes.memories, sizes.num_heads, sizes.value_dim)
-    outputs = ops.cast(ops.reshape(outputs, shape), "float32")
-    weight = ops.where(active, weight, 0.0)[..., None, None]
-    # Memories that do not take the token are not read, not even times zero.
-    outputs = ops.where(active[..., None, None], outputs * weight, 0.0)
-    memories = ops.reshape(memories, ops.shape(state[0]))
-    memories = ops.where(active[..., None, None, None], memories, state[0])
-    return norm(ops.sum(outputs, axis=1)[:, None]), (memories, *new_state)
-
-
 def _head_widths(sizes):
     return sizes.key_dim, sizes.key_dim, sizes.value_dim
 
@@ -318,5 +230,3 @@ def _packed_feature(x, moves):
         width = width * size
     rows = gather_rows(ops.reshape(x, (batch, length * sets, width)), *moves)
     return _reshape_last(rows, rest)
-
-

@@ -9,11 +9,12 @@ from keras_mom import config, rules
 from keras_mom.checks import check_positive
 from keras_mom.initializers import clone_initializer
 from keras_mom.layers.checks import check_call, check_state
-from keras_mom.layers.mixing import Sizes, Tokens, mix_sequence, mix_token
+from keras_mom.layers.mixing import Sizes, Tokens, mix_sequence
 from keras_mom.layers.projections import ProjectionsMixin
 from keras_mom.layers.rematerialization import call_on_tensors
 from keras_mom.layers.router import Router
 from keras_mom.layers.state import StateMixin
+from keras_mom.layers.token_mixing import mix_token
 from keras_mom.ops.memory_mixing import OutputNorm
 from keras_mom.ops.routing import routing_statistics
 from keras_mom.rules.base import per_memory_dense

@@ -2,24 +2,23 @@
 
 from keras import ops
 
-from keras_mom import backend
 from keras_mom.ops.dispatch import dispatch
 from keras_mom.ops.padding import pad
 
 
 class RowScan:
-    """Scans rows of memories: packed ones, or one token in each of N memories.
+    """Scans packed rows of memories.
 
-    Packed rows are `[B, R, H, ...]` and states `[B, M, H, K, V]`, the shared memory
-    last; single tokens are `[N, 1, H, ...]` and states `[N, H, K, V]`.
+    Rows are `[B, R, H, ...]` and states `[B, M, H, K, V]`, the shared memory last.
+    `keras_mom.ops.memory_step.TokenScan` is its like for single tokens.
 
     Args:
         implementation: in the sense of `keras_mom.ops.memory_scan`.
-        segments: `AlignedSegments` of packed rows, or None for single tokens. A rule
-            that reads before it writes needs a row of history before each segment.
+        segments: `AlignedSegments`. A rule that reads before it writes needs a row of
+            history before each segment.
     """
 
-    def __init__(self, implementation, segments=None):
+    def __init__(self, implementation, segments):
         self._implementation = implementation
         self._segments = segments
 
@@ -54,11 +53,10 @@ class RowScan:
         """
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         segments = self._segments
-        shifted = read_before_update and segments is not None
         outputs, memories = dispatch(
             "memory_scan",
             self._implementation,
-            _earlier(query) if shifted else query,
+            _earlier(query) if read_before_update else query,
             key,
             value,
             log_decay=log_decay,
@@ -71,13 +69,8 @@ class RowScan:
             initial_state=initial_state,
             scale=scale,
         )
-        if read_before_update and segments is not None:
+        if read_before_update:
             outputs = _moved_back(outputs, segments.resets)
-        elif read_before_update:
-            query = scale * ops.cast(query, "float32")
-            with backend.full_precision():
-                outputs = ops.einsum("nthk,nhkv->nthv", query, initial_state)
-            outputs = ops.cast(outputs, value.dtype)
         return outputs, memories
 
 

@@ -160,7 +160,7 @@ class MemoryUpdateRule(keras.layers.Layer):
         have a log decay and a beta of 0.
 
         Args:
-            scan: `RowScan`, which runs a memory scan over these rows.
+            scan: `RowScan` or `TokenScan`, which run a memory scan over these rows.
             query, key, value, log_decay, beta: what `prepare` returned, beta float32
                 `[B, R, H]`.
             initial_state: float32 `[B, M, H, *state_shape]`, or None for an empty one.

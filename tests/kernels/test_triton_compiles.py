@@ -43,3 +43,10 @@ def test_kernels_around_the_scan_spill_no_register():
 @pytest.mark.parametrize("target, arch", (("cuda", 80), ("hip", "gfx942")))
 def test_other_chips(target, arch):
     assert len(report(target, arch, 64, 64, "bfloat16", "head")) == 13
+
+
+def test_a_single_token_on_hopper_spills_no_register():
+    lines = report("cuda", 90, 128, 128, "bfloat16", script="offline_step.py")
+    assert len(lines) == 8
+    for name, registers, stack in lines:
+        assert int(stack) == 0, (name, registers, stack)

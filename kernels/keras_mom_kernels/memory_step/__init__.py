@@ -1,0 +1,1 @@
+"""One token into every memory that takes it: reference, cases and kernels."""

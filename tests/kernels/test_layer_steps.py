@@ -1,0 +1,28 @@
+"""A layer's decoding through the kernels equals its portable form.
+
+Keras is imported in a process of its own: the other tests here run without it.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+def test_decoding_of_the_layer():
+    here = Path(__file__).resolve().parent
+    root = here.parents[1]
+    environment = {**os.environ, "KERAS_BACKEND": "torch", "TRITON_INTERPRET": "1"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (root, root / "kernels")))
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", str(here / "layer_steps.py")],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
