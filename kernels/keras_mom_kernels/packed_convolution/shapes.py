@@ -1,4 +1,4 @@
-"""Cases of the packed convolution, shared by tests and benchmarks."""
+"""Cases of the packed convolution, which every implementation is held to."""
 
 from typing import NamedTuple
 
@@ -105,12 +105,4 @@ CASES = (
     Case("bfloat16-values", T=60, E=20, documents=3, dtype="bfloat16"),
     Case("bfloat16-queries", T=60, shared_projection=True, dtype="bfloat16"),
     Case("float16", T=60, E=32, heads=2, dtype="float16"),
-)
-
-# B 8, T 2048, E 1024, heads of 128: what the benchmarks take of a layer of the paper.
-_LAYER = dict(B=8, T=2048, M=4, k=2, E=1024, chunk=64, dtype="bfloat16")
-BENCHMARK_CASES = (
-    Case("query", shared_projection=True, heads=8, **_LAYER),
-    Case("key", heads=8, **_LAYER),
-    Case("value", **_LAYER),
 )
