@@ -19,6 +19,7 @@ DEPTH, INNER_WIDTH, VOCABULARY = 24, 2048, 32_000
 
 
 def mom_layer(**options):
+    options = {"implementation": "triton", **options}
     return keras_mom.MoMLayer(HEADS, HEAD_DIM, dtype="bfloat16", **options)
 
 
@@ -107,8 +108,8 @@ def extra_memory(function):
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def time_layer(implementation=None):
-    layer = mom_layer(implementation=implementation)
+def time_layer():
+    layer = mom_layer()
     layer.build((BATCH, LENGTH, WIDTH))
     x = torch.randn(BATCH, LENGTH, WIDTH, device="cuda", dtype=torch.bfloat16)
     x.requires_grad_()
