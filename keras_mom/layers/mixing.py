@@ -9,6 +9,7 @@ from typing import NamedTuple
 from keras import ops
 
 from keras_mom.layers.row_scan import RowScan
+from keras_mom.ops.constants import select
 from keras_mom.ops.memory_mixing import memory_mixing
 from keras_mom.ops.memory_scan import AlignedSegments, block_size, chunk_size
 from keras_mom.ops.packed_convolution import (
@@ -162,11 +163,11 @@ def mix_sequence(
     # Rows without a token change nothing, whatever the convolution left in them.
     filled = (packing.token >= 0)[..., None]
     if log_decay is not None:
-        log_decay = ops.where(_like(filled, log_decay), log_decay, 0.0)
+        log_decay = select(_like(filled, log_decay), log_decay, 0.0)
     if beta is None:
         beta = ops.cast(ops.broadcast_to(filled, ops.shape(query)[:3]), "float32")
     else:
-        beta = ops.where(filled, beta, 0.0)
+        beta = select(filled, beta, 0.0)
 
     segments = AlignedSegments(
         packing.chunk_offsets,
@@ -190,7 +191,7 @@ def mix_sequence(
         return mixed, None
     if documents is not None:
         stale = documents.stale[..., None, None, None]
-        memories = ops.where(stale, 0.0, memories)
+        memories = select(ops.logical_not(stale), memories, 0.0)
     if kernels is None:
         return mixed, (memories,)
     windows = last_windows(packing, documents, taken, sizes.history)

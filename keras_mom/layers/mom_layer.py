@@ -15,6 +15,7 @@ from keras_mom.layers.rematerialization import call_on_tensors
 from keras_mom.layers.router import Router
 from keras_mom.layers.state import StateMixin
 from keras_mom.layers.token_mixing import mix_token
+from keras_mom.ops.constants import select
 from keras_mom.ops.memory_mixing import OutputNorm
 from keras_mom.ops.routing import routing_statistics
 from keras_mom.rules.base import per_memory_dense
@@ -323,7 +324,7 @@ class MoMLayer(StateMixin, ProjectionsMixin, keras.layers.Layer):
             if segment_ids is not None:
                 segment_ids = ops.flip(segment_ids, axis=1)
         if mask is not None:
-            inputs = ops.where(mask[..., None], inputs, ops.zeros((), inputs.dtype))
+            inputs = select(mask[..., None], inputs, 0)
 
         probabilities, weights, indices = self._route(inputs)
         statistics = routing_statistics(probabilities, indices, mask)
@@ -401,7 +402,7 @@ class MoMLayer(StateMixin, ProjectionsMixin, keras.layers.Layer):
         check_call(inputs, mask, None)
         _, weights, indices = self._route(inputs)
         if mask is not None:
-            weights = ops.where(ops.cast(mask, "bool")[..., None], weights, 0.0)
+            weights = select(ops.cast(mask, "bool")[..., None], weights, 0.0)
         return weights, indices
 
     @property
@@ -485,8 +486,8 @@ def _last_valid(output, mask):
     if mask is None:
         return output[:, -1]
     length = ops.shape(mask)[1]
-    index = ops.where(mask, ops.arange(length, dtype="int32"), -1)
+    index = select(mask, ops.arange(length, dtype="int32"), -1)
     last = ops.max(index, axis=1)
     # A product would spread NaN; the selection of one row does not.
     chosen = ops.arange(length, dtype="int32") == last[:, None]
-    return ops.sum(ops.where(chosen[..., None], output, ops.zeros((), output.dtype)), 1)
+    return ops.sum(select(chosen[..., None], output, 0), 1)

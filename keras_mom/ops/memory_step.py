@@ -6,6 +6,7 @@ from typing import Any
 from keras import ops
 
 from keras_mom import backend
+from keras_mom.ops.constants import select
 from keras_mom.ops.dispatch import dispatch, register
 from keras_mom.ops.normalization import l2_normalize
 from keras_mom.ops.padding import pad
@@ -153,7 +154,7 @@ def _portable_routing(weights, indices, mask, *, num_memories, shared):
     index = ops.arange(num_memories, dtype="int32")
     chosen = indices[..., None] == index
     active = ops.any(chosen, axis=1)
-    spread = ops.sum(ops.where(chosen, weights[..., None], 0.0), axis=1)
+    spread = ops.sum(select(chosen, weights[..., None], 0.0), axis=1)
     if shared:
         active = pad(active, 1, after=1, fill=1)
         spread = pad(spread, 1, after=1, fill=1)
@@ -253,7 +254,7 @@ def of_memories(x, set_of_memory):
     """`[B, P, ...]` by projection set to `[B, M, ...]` by memory."""
     if tuple(set_of_memory) == tuple(range(x.shape[1])):
         return x
-    return ops.take(x, ops.convert_to_tensor(set_of_memory, "int32"), axis=1)
+    return ops.stack([x[:, s] for s in set_of_memory], axis=1)
 
 
 def scan_and_mix(scan, query, key, value, log_decay, beta, weights, active, state):
@@ -273,10 +274,10 @@ def scan_and_mix(scan, query, key, value, log_decay, beta, weights, active, stat
         takes = ops.reshape(
             active, (batch, memories, *[1] * (len(log_decay.shape) - 2))
         )
-        log_decay = ops.where(takes, log_decay, 0.0)
+        log_decay = select(takes, log_decay, 0.0)
     if beta is None:
         beta = ops.ones(ops.shape(query)[:3], "float32")
-    beta = ops.where(active[..., None], beta, 0.0)
+    beta = select(active[..., None], beta, 0.0)
 
     def one_step(x) -> Any:
         if x is None:
@@ -289,9 +290,9 @@ def scan_and_mix(scan, query, key, value, log_decay, beta, weights, active, stat
     )
     shape = (batch, memories, num_heads, value_dim)
     outputs = ops.cast(ops.reshape(outputs, shape), "float32")
-    weights = ops.where(active, weights, 0.0)[..., None, None]
+    weights = select(active, weights, 0.0)[..., None, None]
     # Memories that do not take the token are not read, not even times zero.
-    outputs = ops.where(active[..., None, None], outputs * weights, 0.0)
+    outputs = select(active[..., None, None], outputs * weights, 0.0)
     states = ops.reshape(states, ops.shape(state))
     states = ops.where(active[..., None, None, None], states, state)
     return ops.sum(outputs, axis=1), states

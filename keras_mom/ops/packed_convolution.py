@@ -2,6 +2,7 @@
 
 from keras import ops
 
+from keras_mom.ops.constants import select
 from keras_mom.ops.dispatch import dispatch, register
 from keras_mom.ops.normalization import l2_normalize
 from keras_mom.ops.padding import pad
@@ -126,6 +127,6 @@ def last_windows(packing, documents, taken, history):
     if documents is not None:
         number = ops.take_along_axis(documents.of_rows, last, axis=1)
         fresh = number == documents.last[:, None]
-        windows = ops.where(fresh[..., None], windows, 0.0)
+        windows = select(fresh[..., None], windows, 0.0)
     batch, _, width = ops.shape(windows)
     return ops.reshape(windows, (batch, packing.num_memories, history, width))

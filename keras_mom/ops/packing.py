@@ -14,6 +14,7 @@ from typing import NamedTuple
 from keras import ops
 
 from keras_mom import backend
+from keras_mom.ops.constants import at_least, select
 from keras_mom.ops.dispatch import dispatch, register
 from keras_mom.ops.padding import pad
 
@@ -95,7 +96,7 @@ class Packing:
         """
         place = self.place + self.history
         inside = ops.logical_and(place >= 0, place < self.history)
-        source = ops.where(inside, offset + self.memory * self.history + place, -1)
+        source = select(inside, offset + self.memory * self.history + place, -1)
         step = ops.arange(self.history, dtype="int32")
         targets = self.start[:, :, None] + step
         batch = ops.shape(targets)[0]
@@ -154,7 +155,7 @@ def _tables(sizes, indices, mask):
     end = ops.zeros((batch, 1), "int32") + chunks
 
     position = start[:, None, :] + sizes.history + rank
-    position = ops.where(routed > 0, position, -1)
+    position = select(routed > 0, position, -1)
     targets = ops.take_along_axis(position, indices, axis=2)
     if sizes.shared:
         shared = position[:, :, sizes.num_memories :]
@@ -167,7 +168,7 @@ def _tables(sizes, indices, mask):
         "position": position,
         "targets": targets,
         "slot": slot,
-        "token": ops.where(slot >= 0, slot // (top_k + sizes.shared), -1),
+        "token": select(slot >= 0, slot // (top_k + sizes.shared), -1),
         "memory": memory,
         "place": row - ops.take_along_axis(start, memory, axis=1) - sizes.history,
         "start": start,
@@ -182,7 +183,7 @@ def _slots(targets, rows):
     slots = length * slots
     row = ops.arange(batch, dtype="int32")[:, None, None] * rows
     outside = batch * rows
-    index = ops.where(targets >= 0, targets + row, outside)
+    index = select(targets >= 0, targets + row, outside)
     value = ops.broadcast_to(ops.arange(slots, dtype="int32"), (batch, slots))
     # Not `ops.full`, which reads its value back on torch.
     empty = ops.zeros((outside + 1,), "int32") - 1
@@ -196,8 +197,10 @@ def _slots(targets, rows):
 def _source(options, token, memory, targets, position):
     """`Packing.source` for more than one set."""
     sets, set_of_memory, num_memories = options
-    chosen = ops.take(ops.convert_to_tensor(set_of_memory, "int32"), memory)
-    source = ops.where(token >= 0, token * sets + chosen, -1)
+    chosen = sum(
+        ops.cast(memory == m, "int32") * s for m, s in enumerate(set_of_memory)
+    )
+    source = select(token >= 0, token * sets + chosen, -1)
     batch, length, slots = ops.shape(targets)
     if sets == num_memories:
         return source, ops.reshape(position, (batch, length * sets, 1))
@@ -237,12 +240,12 @@ def _document_tables(_, segment_ids, mask, token, place, position):
     """The tensors of `Documents`, in their order."""
     of_tokens = _document_numbers(segment_ids, mask)
     filled = token >= 0
-    number = ops.take_along_axis(of_tokens, ops.maximum(token, 0), axis=1)
-    of_rows = ops.where(filled, number, 0)
-    before = ops.where(place <= 0, 0, pad(of_rows[:, :-1], 1, before=1))
+    number = ops.take_along_axis(of_tokens, at_least(token, 0), axis=1)
+    of_rows = select(filled, number, 0)
+    before = select(place > 0, pad(of_rows[:, :-1], 1, before=1), 0)
     changed = ops.logical_and(filled, of_rows != before)
     last = ops.max(of_tokens, axis=1)
-    newest = ops.max(ops.where(position >= 0, of_tokens[..., None], 0), axis=1)
+    newest = ops.max(select(position >= 0, of_tokens[..., None], 0), axis=1)
     return of_rows, ops.cast(changed, "int32"), last, newest < last[:, None]
 
 
@@ -253,9 +256,9 @@ def _document_numbers(segment_ids, mask):
         changed = segment_ids[:, 1:] != segment_ids[:, :-1]
         return ops.cumsum(pad(ops.cast(changed, "int32"), 1, before=1), axis=1)
     # Compare with the valid token before: its index is the largest one so far.
-    index = ops.where(mask, ops.arange(length, dtype="int32"), -1)
+    index = select(mask, ops.arange(length, dtype="int32"), -1)
     before = pad(_running_max(index)[:, :-1], 1, before=1, fill=-1)
-    previous = ops.take_along_axis(segment_ids, ops.maximum(before, 0), axis=1)
+    previous = ops.take_along_axis(segment_ids, at_least(before, 0), axis=1)
     changed = ops.logical_and(mask, segment_ids != previous)
     changed = ops.logical_and(changed, before >= 0)
     return ops.cumsum(ops.cast(changed, "int32"), axis=1)
@@ -270,7 +273,7 @@ def _running_max(index):
     batch = ops.shape(index)[0]
     row = ops.arange(batch, dtype="int32")[:, None] * (length + 1)
     outside = batch * (length + 1)
-    place = ops.where(valid > 0, rank + row, outside)
+    place = select(valid > 0, rank + row, outside)
     filled = ops.scatter_update(
         ops.zeros((outside + 1,), "int32") - 1,
         ops.reshape(place, (-1, 1)),

@@ -5,6 +5,7 @@ from typing import NamedTuple
 from keras import ops
 
 from keras_mom import backend
+from keras_mom.ops.constants import at_least, select
 from keras_mom.ops.dispatch import dispatch, register
 
 
@@ -59,7 +60,7 @@ def top_k_routing(probabilities, top_k):
 @backend.compiled
 def _top_k_routing(top_k, probabilities):
     memories = probabilities.shape[-1]
-    numbers = ops.where(ops.isnan(probabilities), -1.0, probabilities)
+    numbers = select(ops.logical_not(ops.isnan(probabilities)), probabilities, -1.0)
     mine, other = numbers[..., :, None], numbers[..., None, :]
     index = ops.arange(memories, dtype="int32")
     lower = index[None, :] < index[:, None]
@@ -67,8 +68,8 @@ def _top_k_routing(top_k, probabilities):
     rank = ops.sum(ops.cast(ahead, "int32"), axis=-1)
     # [B, T, k, M]: whether memory m is the j-th choice.
     chosen = rank[..., None, :] == ops.arange(top_k, dtype="int32")[:, None]
-    indices = ops.sum(ops.where(chosen, index, 0), axis=-1)
-    picked = ops.sum(ops.where(chosen, probabilities[..., None, :], 0.0), axis=-1)
+    indices = ops.sum(select(chosen, index, 0), axis=-1)
+    picked = ops.sum(select(chosen, probabilities[..., None, :], 0.0), axis=-1)
     return picked / ops.sum(picked, axis=-1, keepdims=True), indices
 
 
@@ -105,17 +106,15 @@ def _statistics(_, probabilities, indices, mask):
     memories, top_k = probabilities.shape[-1], indices.shape[-1]
     index = ops.arange(memories, dtype="int32")
     routed = ops.sum(ops.cast(indices[..., None] == index, "float32"), axis=2)
-    entropy = -ops.sum(
-        probabilities * ops.log(ops.maximum(probabilities, 1e-30)), axis=-1
-    )
+    entropy = -ops.sum(probabilities * ops.log(at_least(probabilities, 1e-30)), axis=-1)
     if mask is None:
         valid = ops.ones_like(entropy)
     else:
         valid = ops.cast(mask, "float32")
         # Not a product: a masked token may hold anything.
-        probabilities = ops.where(mask[..., None], probabilities, 0.0)
-        entropy = ops.where(mask, entropy, 0.0)
-    tokens = ops.maximum(ops.sum(valid), 1.0)
+        probabilities = select(mask[..., None], probabilities, 0.0)
+        entropy = select(mask, entropy, 0.0)
+    tokens = at_least(ops.sum(valid), 1.0)
     fraction = ops.sum(routed * valid[..., None], axis=(0, 1)) / tokens
     mean_probability = ops.sum(probabilities, axis=(0, 1)) / tokens
     return RoutingStatistics(

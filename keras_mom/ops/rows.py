@@ -7,6 +7,7 @@ is a gather too. Compilers turn the general gradient, a scatter, into a serial l
 from keras import ops
 
 from keras_mom import backend
+from keras_mom.ops.constants import at_least
 
 
 def gather_rows(inputs, source, targets):
@@ -46,7 +47,7 @@ def take_rows(inputs, index):
     batch, rows, width = ops.shape(inputs)
     row = ops.arange(batch, dtype="int32")[:, None]
     flat = ops.reshape(inputs, (batch * rows, width))
-    taken = ops.take(flat, ops.maximum(index, 0) + row * rows, axis=0)
+    taken = ops.take(flat, at_least(index, 0) + row * rows, axis=0)
     zero = ops.zeros((), inputs.dtype)
     return ops.where(index[..., None] >= 0, taken, zero)
 

@@ -98,7 +98,8 @@ def assert_agree(
     ]
     actual = with_gradients(function, tensors, cotangents, **rule, **how)
     exact = {
-        name: x if name == "cu_seqlens" else x.double() for name, x in tensors.items()
+        name: (x if name == "cu_seqlens" else x.double()).cpu()
+        for name, x in tensors.items()
     }
     expected = with_gradients(
         lambda **x: reference.memory_scan(**x, xp=torch), exact, cotangents, **rule

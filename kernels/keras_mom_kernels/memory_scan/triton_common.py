@@ -19,6 +19,12 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
+def wide(size):
+    """A size in 64 bits; Triton hands on a 1 as a constant, which no cast takes."""
+    return tl.zeros((), tl.int64) + size
+
+
+@triton.jit
 def chunk_rows(chunk, table, length, chunks, ROWS: tl.constexpr, LAYOUT: tl.constexpr):
     """First flat row of a chunk, and how many rows it holds.
 

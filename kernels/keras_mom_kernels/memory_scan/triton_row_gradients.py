@@ -21,6 +21,7 @@ from keras_mom_kernels.memory_scan.triton_common import (
     store_rows,
     strong_gradient,
     tile_offsets,
+    wide,
 )
 from keras_mom_kernels.memory_scan.triton_decays import (
     LOWEST_LOG_DECAY,
@@ -141,7 +142,7 @@ def row_gradients(
     dq *= (into_query * scale)[:, None]
     dk *= to_end[:, None]
     if DECAY == "head":
-        plane = rows.to(tl.int64) * heads * blocks
+        plane = wide(rows) * heads * blocks
         target = row_partials + (block.to(tl.int64) * rows + row) * heads + head
         reads = tl.sum(q.to(tl.float32) * dq, axis=1)
         tl.store(target + t * heads, reads, mask=t < count)
@@ -286,7 +287,7 @@ def solve_gradients(
         erase_t = tl.trans(operand(tl.load(squares + square), PRECISION))
         dk = dot_onto(dk, erase_t, k, PRECISION)
         store_rows(key_grad, keys, inside, dk)
-        plane = rows.to(tl.int64) * heads * blocks
+        plane = wide(rows) * heads * blocks
         target = partials + (block.to(tl.int64) * rows + row) * heads + head
         if BETA or DECAY == "head":
             weighted = erase * dot(k, tl.trans(k), PRECISION)
@@ -307,7 +308,7 @@ def solve_gradients(
 @triton.jit
 def _partial(partials, plane, rows, heads, offsets, mask, BLOCKS: tl.constexpr):
     """A plane of `partials`, summed over K blocks."""
-    size = rows.to(tl.int64) * heads
+    size = wide(rows) * heads
     total = tl.load(partials + plane * BLOCKS * size + offsets, mask=mask, other=0.0)
     for block in tl.static_range(1, BLOCKS):
         source = partials + (plane * BLOCKS + block) * size
