@@ -10,6 +10,11 @@ import warnings
 from keras_mom import backend, config
 
 _REGISTRY = {}
+# Why Triton's kernels are not chosen unless they are named.
+UNCHECKED = (
+    "a layer of such kernels has not been compared with the portable form on a GPU; "
+    "implementation='triton' asks for them"
+)
 # Why an implementation is not chosen unless it is named, by (operation, name).
 _ONLY_NAMED = {}
 _warned = set()

@@ -1,9 +1,9 @@
 """The memory mixing's Triton kernels, as an implementation of it on torch."""
 
-from keras_mom.ops.dispatch import register
+from keras_mom.ops.dispatch import UNCHECKED, register
 
 
-@register("memory_mixing", "triton")
+@register("memory_mixing", "triton", only_named=UNCHECKED)
 def _triton(outputs, weights, packing, norm):
     device = outputs.device.type
     if device not in ("cuda", "meta"):

@@ -1,12 +1,12 @@
 """The packed convolution's Triton kernels, as an implementation on torch."""
 
-from keras_mom.ops.dispatch import register
+from keras_mom.ops.dispatch import UNCHECKED, register
 
 
 @register(
     "packed_convolution",
     "triton",
-    only_named="it has not been checked on a GPU; implementation='triton' asks for it",
+    only_named=UNCHECKED,
 )
 def _triton(inputs, kernel, source, targets, **options):
     device = inputs.device.type

@@ -1,9 +1,9 @@
 """The packing's Triton kernels, as an implementation of its tables on torch."""
 
-from keras_mom.ops.dispatch import register
+from keras_mom.ops.dispatch import UNCHECKED, register
 
 
-@register("packing_tables", "triton")
+@register("packing_tables", "triton", only_named=UNCHECKED)
 def _triton(sizes, indices, mask):
     device = indices.device.type
     if device not in ("cuda", "meta"):

@@ -1,9 +1,9 @@
 """The routing's Triton kernels, as an implementation of it on torch."""
 
-from keras_mom.ops.dispatch import register
+from keras_mom.ops.dispatch import UNCHECKED, register
 
 
-@register("routing", "triton")
+@register("routing", "triton", only_named=UNCHECKED)
 def _triton(logits, top_k):
     device = logits.device.type
     if device not in ("cuda", "meta"):

@@ -1,12 +1,12 @@
 """The memory scan's Triton kernels, as an implementation of the operation on torch."""
 
-from keras_mom.ops.dispatch import register
+from keras_mom.ops.dispatch import UNCHECKED, register
 
 
 @register(
     "memory_scan",
     "triton",
-    only_named="it has not been checked on a GPU; implementation='triton' asks for it",
+    only_named=UNCHECKED,
 )
 def _triton(
     query,

@@ -1,22 +1,20 @@
 """The Triton kernels of a single token, as implementations of operations on torch."""
 
-from keras_mom.ops.dispatch import register
-
-_UNCHECKED = "it has not been checked on a GPU; implementation='triton' asks for it"
+from keras_mom.ops.dispatch import UNCHECKED, register
 
 
-@register("spread_routing", "triton", only_named=_UNCHECKED)
+@register("spread_routing", "triton", only_named=UNCHECKED)
 def _routing(weights, *others, **options):
     return _kernels(weights).spread_routing(weights, *others, **options)
 
 
-@register("convolution_step", "triton", only_named=_UNCHECKED)
+@register("convolution_step", "triton", only_named=UNCHECKED)
 def _convolution(query, *others, parts, **options):
     del parts
     return _kernels(query).convolution_step(query, *others, **options)
 
 
-@register("memory_step", "triton", only_named=_UNCHECKED)
+@register("memory_step", "triton", only_named=UNCHECKED)
 def _step(query, *others, parts, **options):
     del parts
     return _kernels(query).memory_step(query, *others, **options)

@@ -5,8 +5,10 @@
 Runs on NVIDIA GPUs from sm_80 on, and on AMD; on a CPU with `TRITON_INTERPRET=1`.
 Nothing is read back to the host. Two custom operators with fakes and a gradient stand
 for it in `torch.compile`. The backward pass keeps the inputs alone and computes the
-rest again. A row's results do not depend on what else is in the batch, and are the
-same in each run: no kernel uses atomics.
+rest again. Results are the same in each run: no kernel uses atomics. A row's do not
+depend on what else is in the batch, except that a few long sequences are cut into
+splits, which changes the last digits: whether they are follows from T, the heads and
+the number of sequences.
 """
 
 import torch

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -196,7 +196,8 @@ def _chunk_table(cu_seqlens, chunks, chunk_rows):
     table = cu_seqlens.new_empty((chunks, 2))
     offsets = cu_seqlens.new_empty((1, sequences + 1))
     block = 64
-    list_chunks[(triton.cdiv(max(chunks, 1), block),)](
+    kernel: Any = list_chunks
+    kernel[(triton.cdiv(max(chunks, 1), block),)](
         cu_seqlens,
         table,
         offsets,
