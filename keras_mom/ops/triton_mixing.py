@@ -1,15 +1,12 @@
 """The memory mixing's Triton kernels, as an implementation of it on torch."""
 
+from keras_mom.ops import gpu
 from keras_mom.ops.dispatch import UNCHECKED, register
 
 
 @register("memory_mixing", "triton", only_named=UNCHECKED)
 def _triton(outputs, weights, packing, norm):
-    device = outputs.device.type
-    if device not in ("cuda", "meta"):
-        raise NotImplementedError(
-            f"the Triton kernels need a GPU; the tensors are on {device!r}"
-        )
+    gpu.check(outputs)
     try:
         # Triton takes a while to import, and a CPU does without it.
         from keras_mom_kernels.memory_mixing import torch as kernels

@@ -1,5 +1,6 @@
 """The packed convolution's Triton kernels, as an implementation on torch."""
 
+from keras_mom.ops import gpu
 from keras_mom.ops.dispatch import UNCHECKED, register
 
 
@@ -9,11 +10,7 @@ from keras_mom.ops.dispatch import UNCHECKED, register
     only_named=UNCHECKED,
 )
 def _triton(inputs, kernel, source, targets, **options):
-    device = inputs.device.type
-    if device not in ("cuda", "meta"):
-        raise NotImplementedError(
-            f"the Triton kernels need a GPU; the tensors are on {device!r}"
-        )
+    gpu.check(inputs)
     try:
         # Triton takes a while to import, and a CPU does without it.
         from keras_mom_kernels.packed_convolution import torch as kernels

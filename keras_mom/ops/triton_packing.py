@@ -1,15 +1,12 @@
 """The packing's Triton kernels, as an implementation of its tables on torch."""
 
+from keras_mom.ops import gpu
 from keras_mom.ops.dispatch import UNCHECKED, register
 
 
 @register("packing_tables", "triton", only_named=UNCHECKED)
 def _triton(sizes, indices, mask):
-    device = indices.device.type
-    if device not in ("cuda", "meta"):
-        raise NotImplementedError(
-            f"the Triton kernels need a GPU; the tensors are on {device!r}"
-        )
+    gpu.check(indices)
     try:
         # Triton takes a while to import, and a CPU does without it.
         from keras_mom_kernels.packing import torch as kernels

@@ -1,15 +1,12 @@
 """The routing's Triton kernels, as an implementation of it on torch."""
 
+from keras_mom.ops import gpu
 from keras_mom.ops.dispatch import UNCHECKED, register
 
 
 @register("routing", "triton", only_named=UNCHECKED)
 def _triton(logits, top_k):
-    device = logits.device.type
-    if device not in ("cuda", "meta"):
-        raise NotImplementedError(
-            f"the Triton kernels need a GPU; the tensors are on {device!r}"
-        )
+    gpu.check(logits)
     try:
         # Triton takes a while to import, and a CPU does without it.
         from keras_mom_kernels.routing import torch as kernels

@@ -1,5 +1,6 @@
 """The memory scan's Triton kernels, as an implementation of the operation on torch."""
 
+from keras_mom.ops import gpu
 from keras_mom.ops.dispatch import UNCHECKED, register
 
 
@@ -23,11 +24,7 @@ def _triton(
     initial_state,
     scale,
 ):
-    device = query.device.type
-    if device not in ("cuda", "meta"):
-        raise NotImplementedError(
-            f"the Triton kernels need a GPU; the tensors are on {device!r}"
-        )
+    gpu.check(query)
     try:
         # Triton takes a while to import, and a CPU does without it.
         from keras_mom_kernels.memory_scan import torch as kernels

@@ -1,5 +1,6 @@
 """The Triton kernels of a single token, as implementations of operations on torch."""
 
+from keras_mom.ops import gpu
 from keras_mom.ops.dispatch import UNCHECKED, register
 
 
@@ -22,11 +23,7 @@ def _step(query, *others, parts, **options):
 
 def _kernels(tensor):
     """The module of the kernels, for tensors where `tensor` is."""
-    device = tensor.device.type
-    if device not in ("cuda", "meta"):
-        raise NotImplementedError(
-            f"the Triton kernels need a GPU; the tensors are on {device!r}"
-        )
+    gpu.check(tensor)
     try:
         # Triton takes a while to import, and a CPU does without it.
         from keras_mom_kernels.memory_step import torch as kernels

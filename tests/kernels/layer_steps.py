@@ -1,6 +1,6 @@
 """Decodes with each update rule through the Triton kernels, in the interpreter.
 
-Run by `test_layer_steps.py`, in a process of its own, where Keras runs on torch.
+Run by `test_layers.py`, in a process of its own, where Keras runs on torch.
 """
 
 import keras

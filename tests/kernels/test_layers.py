@@ -1,4 +1,4 @@
-"""A layer's decoding through the kernels equals its portable form.
+"""A layer through the kernels equals its portable form.
 
 Keras is imported in a process of its own: the other tests here run without it.
 """
@@ -13,14 +13,15 @@ import pytest
 pytest.importorskip("triton")
 
 
-def test_decoding_of_the_layer():
+@pytest.mark.parametrize("script", ("layer_steps.py", "layer_whole.py"))
+def test_the_layer(script):
     here = Path(__file__).resolve().parent
     root = here.parents[1]
     environment = {**os.environ, "KERAS_BACKEND": "torch", "TRITON_INTERPRET": "1"}
     environment["CUDA_VISIBLE_DEVICES"] = ""
     environment["PYTHONPATH"] = os.pathsep.join(map(str, (root, root / "kernels")))
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", str(here / "layer_steps.py")],
+        [sys.executable, "-W", "ignore", str(here / script)],
         env=environment,
         capture_output=True,
         text=True,

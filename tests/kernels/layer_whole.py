@@ -1,0 +1,75 @@
+"""A layer through the Triton kernels against its portable form, in the interpreter.
+
+Run by `test_layers.py`, in a process of its own, where Keras runs on torch. On a
+GPU it runs there: `PYTHONPATH=.:kernels python tests/kernels/layer_whole.py`.
+"""
+
+import keras
+import numpy as np
+import torch
+
+import keras_mom
+from keras_mom.ops import gpu
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCES = {"float32": (2e-5, 1e-4), "bfloat16": (1e-2, 2e-2)}
+
+
+def outputs_and_gradients(layer, inputs, cotangent, implementation, **options):
+    keras_mom.config.set_implementation(implementation)
+    leaf = inputs.detach().requires_grad_()
+    output, state = layer(leaf, **options)
+    weights = [v.value for v in layer.trainable_variables]
+    found = torch.autograd.grad(output, [leaf, *weights], cotangent)
+    return [output.detach(), *(x.detach() for x in state)], list(found)
+
+
+def error(x, y):
+    return ((x.double() - y.double()).norm() / y.double().norm().clamp(1e-30)).item()
+
+
+def main(sizes=(2, 20, 16, 2, 8), dtypes=("float32",)):
+    batch, length, width, heads, head_dim = sizes
+    if DEVICE == "cpu":
+        # The kernels run on a CPU in the interpreter alone.
+        gpu.check = lambda tensor: None
+    random = np.random.default_rng(0)
+    for dtype in dtypes:
+        keras.utils.set_random_seed(1)
+        layer = keras_mom.MoMLayer(heads, head_dim, return_state=True, dtype=dtype)
+        inputs = random.normal(size=(batch, length, width))
+        inputs = torch.tensor(inputs, device=DEVICE, dtype=getattr(torch, dtype))
+        layer.build(inputs.shape)
+        cotangent = torch.tensor(random.normal(size=inputs.shape)).to(inputs)
+        mask = torch.ones((batch, length), dtype=torch.bool, device=DEVICE)
+        mask[0, length // 3] = False
+        segment_ids = torch.zeros((batch, length), dtype=torch.int32, device=DEVICE)
+        segment_ids[:, length // 2 :] = 1
+        for options in ({}, {"mask": mask, "segment_ids": segment_ids}):
+            call = layer, inputs, cotangent
+            expected = outputs_and_gradients(*call, "portable", **options)
+            actual = outputs_and_gradients(*call, "triton", **options)
+            for found, wanted, limit in zip(actual, expected, TOLERANCES[dtype]):
+                worst = max(error(x, y) for x, y in zip(found, wanted))
+                print(dtype, sorted(options), f"{worst:.1e}", flush=True)
+                assert worst <= limit, (dtype, sorted(options), worst)
+
+        # Pieces and single tokens through the kernels.
+        with torch.no_grad():
+            whole, _ = layer(inputs)
+            first, state = layer(inputs[:, : length // 2])
+            outputs = [first]
+            for t in range(length // 2, length):
+                output, state = layer(inputs[:, t : t + 1], initial_state=state)
+                outputs.append(output)
+        worst = error(torch.cat(outputs, 1), whole)
+        print(dtype, "token by token", f"{worst:.1e}", flush=True)
+        assert worst <= TOLERANCES[dtype][0], (dtype, worst)
+
+
+if __name__ == "__main__":
+    if DEVICE == "cuda":
+        main(dtypes=("float32", "bfloat16"))
+        main((2, 300, 256, 2, 128), dtypes=("float32", "bfloat16"))
+    else:
+        main()
