@@ -3,11 +3,12 @@
     PYTHONPATH=.:kernels python benchmarks/gpu.py check    every shipped configuration
     PYTHONPATH=.:kernels python benchmarks/gpu.py time     MoM's shape and its peers'
     PYTHONPATH=.:kernels python benchmarks/gpu.py profile  where MoM's shape spends it
+    PYTHONPATH=.:kernels python benchmarks/gpu.py layer    MoMLayer and a language model
     PYTHONPATH=.:kernels python benchmarks/gpu.py          all of these
 
 `check` spreads over worker processes, since compilation takes most of its time; it
 ends with a non-zero status if an error is above its limit. With flash-linear-attention
-or FlashQLA installed, `time` has their gated delta rules beside.
+installed, `time` has its gated delta rule beside. Only `layer` needs Keras.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from gpu_scan import run_profile, run_timings
 
 def main():
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    steps = ("check", "time", "profile")
+    steps = ("check", "time", "profile", "layer")
     parser.add_argument("what", choices=steps, nargs="*", default=steps)
     parser.add_argument("--workers", type=int, default=12)
     arguments = parser.parse_args()
@@ -33,6 +34,10 @@ def main():
         run_timings()
     if "profile" in arguments.what:
         run_profile()
+    if "layer" in arguments.what:
+        from gpu_layer import run_layer
+
+        run_layer()
     sys.exit(1 if failed else 0)
 
 

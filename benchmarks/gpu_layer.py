@@ -152,11 +152,8 @@ def profile_graph(graph, least=0.02):
             print(f"  {event.key[:90]:90} {event.count:4} {time:.3f} ms", flush=True)
 
 
-def time_training(depth=DEPTH):
-    model = Model(depth)
+def time_training(model):
     tokens = torch.randint(VOCABULARY, (BATCH, LENGTH + 1), device="cuda")
-
-    model(tokens[:, :16])
     parameters = model.parameters()
     count = sum(x.numel() for x in parameters)
 
@@ -169,15 +166,17 @@ def time_training(depth=DEPTH):
     torch.cuda.reset_peak_memory_stats()
     eager = median(step, 1000)
     peak = torch.cuda.max_memory_allocated() / 2**30
+    print(
+        f"{len(model.blocks)} layers, {count / 1e6:.0f}M parameters: training step, "
+        f"launched by the host, {eager:.1f} ms, peak {peak:.1f} GiB",
+        flush=True,
+    )
     graph, _ = captured(step)
     time = median(graph.replay, 1000)
     print(
-        f"{depth} layers, {count / 1e6:.0f}M parameters: training step {time:.1f} ms "
-        f"({BATCH * LENGTH / time * 1e3:.0f} tokens/s), launched by the host "
-        f"{eager:.1f} ms, peak {peak:.1f} GiB",
+        f"captured: {time:.1f} ms ({BATCH * LENGTH / time * 1e3:.0f} tokens/s)",
         flush=True,
     )
-    return model
 
 
 @torch.no_grad()
@@ -216,3 +215,10 @@ def time_decoding(model, batches=(1, 32, 256)):
         )
         if batch == batches[0]:
             profile_graph(graph, 0.03)
+
+
+def run_layer():
+    profile_graph(time_layer())
+    model = Model()
+    time_decoding(model)
+    time_training(model)
