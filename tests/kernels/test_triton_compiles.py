@@ -26,11 +26,15 @@ def report(*arguments, script="offline.py"):
     return [line.split() for line in result.stdout.splitlines()]
 
 
-def test_mom_shape_on_hopper_spills_no_register():
+# Bytes of stack, which were faster on an H200 than the forms without.
+SPILLS = {"scan_chunks": 24, "scan_gradients": 136, "solve_gradients": 184}
+
+
+def test_mom_shape_on_hopper_spills_few_registers():
     lines = report("cuda", 90, 128, 128, "bfloat16", "head")
     assert len(lines) == 13
     for name, registers, stack in lines:
-        assert int(stack) == 0, (name, registers, stack)
+        assert int(stack) <= SPILLS.get(name, 0), (name, registers, stack)
 
 
 def test_kernels_around_the_scan_spill_no_register():
