@@ -226,7 +226,7 @@ def time_decoding(model, batches=(1, 32, 256)):
             flush=True,
         )
         if batch == batches[0]:
-            profile_graph(graph, 0.03)
+            profile_graph(graph, 0.003)
 
 
 def run_layer():

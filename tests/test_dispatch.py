@@ -138,15 +138,3 @@ def test_a_cpu_or_a_choice_warns_of_nothing(monkeypatch, accelerator, name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         call(name)
-
-
-def test_an_implementation_may_have_to_be_named(monkeypatch):
-    monkeypatch.setattr(dispatching, "_ONLY_NAMED", {})
-    add("portable")
-
-    @register("operation", "triton", only_named="too new")
-    def implementation(number, *, word):
-        return "triton", number, word
-
-    assert call() == "portable"
-    assert call("triton") == "triton"

@@ -10,30 +10,20 @@ import warnings
 from keras_mom import backend, config
 
 _REGISTRY = {}
-# Why Triton's kernels are not chosen unless they are named.
-UNCHECKED = (
-    "a layer of such kernels has not been compared with the portable form on a GPU; "
-    "implementation='triton' asks for them"
-)
-# Why an implementation is not chosen unless it is named, by (operation, name).
-_ONLY_NAMED = {}
 _warned = set()
 
 
-def register(operation, name, only_named=None):
+def register(operation, name):
     """Decorator: registers an implementation of `operation` under `name`.
 
     Args:
         operation: name of the operation.
         name: one of `keras_mom.config.IMPLEMENTATIONS`.
-        only_named: why the implementation is not chosen unless it is named, or None.
     """
     config.check_implementation(name)
 
     def decorator(function):
         _REGISTRY.setdefault(operation, {})[name] = function
-        if only_named is not None:
-            _ONLY_NAMED[operation, name] = only_named
         return function
 
     return decorator
@@ -65,9 +55,6 @@ def dispatch(operation, implementation, *args, **kwargs):
         return candidates[name](*args, **kwargs)
     reasons = []
     for name in implementations(operation):
-        if (operation, name) in _ONLY_NAMED:
-            reasons.append(f"{name}: {_ONLY_NAMED[operation, name]}")
-            continue
         if name == "portable":
             _warn_portable(operation, reasons)
         try:

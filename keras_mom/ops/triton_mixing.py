@@ -1,10 +1,10 @@
 """The memory mixing's Triton kernels, as an implementation of it on torch."""
 
 from keras_mom.ops import gpu
-from keras_mom.ops.dispatch import UNCHECKED, register
+from keras_mom.ops.dispatch import register
 
 
-@register("memory_mixing", "triton", only_named=UNCHECKED)
+@register("memory_mixing", "triton")
 def _triton(outputs, weights, packing, norm):
     gpu.check(outputs)
     try:

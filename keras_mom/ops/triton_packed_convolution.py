@@ -1,14 +1,10 @@
 """The packed convolution's Triton kernels, as an implementation on torch."""
 
 from keras_mom.ops import gpu
-from keras_mom.ops.dispatch import UNCHECKED, register
+from keras_mom.ops.dispatch import register
 
 
-@register(
-    "packed_convolution",
-    "triton",
-    only_named=UNCHECKED,
-)
+@register("packed_convolution", "triton")
 def _triton(inputs, kernel, source, targets, **options):
     gpu.check(inputs)
     try:

@@ -1,10 +1,10 @@
 """The packing's Triton kernels, as an implementation of its tables on torch."""
 
 from keras_mom.ops import gpu
-from keras_mom.ops.dispatch import UNCHECKED, register
+from keras_mom.ops.dispatch import register
 
 
-@register("packing_tables", "triton", only_named=UNCHECKED)
+@register("packing_tables", "triton")
 def _triton(sizes, indices, mask):
     gpu.check(indices)
     try:

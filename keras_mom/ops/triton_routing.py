@@ -1,10 +1,10 @@
 """The routing's Triton kernels, as an implementation of it on torch."""
 
 from keras_mom.ops import gpu
-from keras_mom.ops.dispatch import UNCHECKED, register
+from keras_mom.ops.dispatch import register
 
 
-@register("routing", "triton", only_named=UNCHECKED)
+@register("routing", "triton")
 def _triton(logits, top_k):
     gpu.check(logits)
     try:

@@ -1,14 +1,10 @@
 """The memory scan's Triton kernels, as an implementation of the operation on torch."""
 
 from keras_mom.ops import gpu
-from keras_mom.ops.dispatch import UNCHECKED, register
+from keras_mom.ops.dispatch import register
 
 
-@register(
-    "memory_scan",
-    "triton",
-    only_named=UNCHECKED,
-)
+@register("memory_scan", "triton")
 def _triton(
     query,
     key,

@@ -1,21 +1,21 @@
 """The Triton kernels of a single token, as implementations of operations on torch."""
 
 from keras_mom.ops import gpu
-from keras_mom.ops.dispatch import UNCHECKED, register
+from keras_mom.ops.dispatch import register
 
 
-@register("spread_routing", "triton", only_named=UNCHECKED)
+@register("spread_routing", "triton")
 def _routing(weights, *others, **options):
     return _kernels(weights).spread_routing(weights, *others, **options)
 
 
-@register("convolution_step", "triton", only_named=UNCHECKED)
+@register("convolution_step", "triton")
 def _convolution(query, *others, parts, **options):
     del parts
     return _kernels(query).convolution_step(query, *others, **options)
 
 
-@register("memory_step", "triton", only_named=UNCHECKED)
+@register("memory_step", "triton")
 def _step(query, *others, parts, **options):
     del parts
     return _kernels(query).memory_step(query, *others, **options)
