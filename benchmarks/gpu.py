@@ -7,8 +7,9 @@
     PYTHONPATH=.:kernels python benchmarks/gpu.py          all of these
 
 `check` spreads over worker processes, since compilation takes most of its time; it
-ends with a non-zero status if an error is above its limit. With flash-linear-attention
-installed, `time` has its gated delta rule beside. Only `layer` needs Keras.
+ends with a non-zero status if an error is above its limit. `time` and `layer` have
+flash-linear-attention and FlashQLA beside, where they are installed (`gpu_peers.py`);
+`--shapes packed` times one shape alone. Only `layer` needs Keras.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import sys
 
 import torch
 from gpu_checks import run_checks
-from gpu_scan import run_profile, run_timings
+from gpu_scan import run_profile, run_timings, shapes
 
 
 def main():
@@ -24,6 +25,7 @@ def main():
     steps = ("check", "time", "profile", "layer")
     parser.add_argument("what", choices=steps, nargs="*", default=steps)
     parser.add_argument("--workers", type=int, default=12)
+    parser.add_argument("--shapes", nargs="*", choices=tuple(shapes()), default=())
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("This needs a GPU.")
@@ -31,7 +33,7 @@ def main():
     if "check" in arguments.what:
         failed = run_checks(arguments.workers)
     if "time" in arguments.what:
-        run_timings()
+        run_timings(arguments.shapes)
     if "profile" in arguments.what:
         run_profile()
     if "layer" in arguments.what:

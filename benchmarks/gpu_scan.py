@@ -3,6 +3,7 @@
 import time
 from typing import NamedTuple
 
+import gpu_peers
 import torch
 import triton
 
@@ -12,7 +13,6 @@ from keras_mom_kernels.memory_scan.torch import memory_scan
 class Shape(NamedTuple):
     """One shape to time."""
 
-    name: str
     lengths: tuple
     heads: int = 8
     key_dim: int = 128
@@ -29,14 +29,15 @@ def mom_lengths(batch=8, length=2048, memories=4, top_k=2):
 
 
 def shapes():
+    """By name: what a MoM layer packs, and what its peers are known for."""
     packed = mom_lengths()
-    return (
-        Shape("MoM packed", packed),
-        Shape("one of 32k", (32768,)),
-        Shape("K V 64", packed, 16, 64, 64),
-        Shape("K V 256", packed, 4, 256, 256),
-        Shape("channel decay", packed, decay="channel"),
-    )
+    return {
+        "packed": Shape(packed),
+        "long": Shape((32768,)),
+        "narrow": Shape(packed, 16, 64, 64),
+        "wide": Shape(packed, 4, 256, 256),
+        "channel": Shape(packed, decay="channel"),
+    }
 
 
 def timing_inputs(shape):
@@ -109,66 +110,64 @@ def measure(function, inputs):
     return ahead, total, peak / 2**20
 
 
-def report(name, shape, result, peer=None):
+def report(name, shape, result, peers):
+    """Prints a measurement, and its ratios to those of the peers."""
     ahead, total, memory = result
     rows = sum(shape.lengths) * shape.heads
     products = 3 * shape.key_dim * shape.value_dim
     products += 128 * (shape.key_dim + shape.value_dim)
     flops = 2 * rows * products
     moved = 4 * rows * (shape.key_dim + shape.value_dim)
-    beside = ""
-    if peer is not None:
-        beside = f"  of fla's: {ahead / peer[0]:.2f} {total / peer[1]:.2f}"
+    ratios = "".join(
+        f"  of {peer}: {ahead / other[0]:.2f} {total / other[1]:.2f}"
+        for peer, other in peers.items()
+    )
     print(
-        f"{name:22} forward {ahead:6.3f} ms ({flops / ahead / 1e9:4.0f} TFLOP/s, "
+        f"{name:24} forward {ahead:6.3f} ms ({flops / ahead / 1e9:4.0f} TFLOP/s, "
         f"{moved / ahead / 1e9:4.2f} TB/s)  with backward {total:6.3f} ms "
-        f"({3 * flops / total / 1e9:4.0f} TFLOP/s)  extra {memory:5.0f} MiB{beside}",
+        f"({3 * flops / total / 1e9:4.0f} TFLOP/s)  extra {memory:5.0f} MiB{ratios}",
         flush=True,
     )
 
 
-def fla_scan():
-    """fla's gated delta rule, as a function of our arguments; None without it."""
-    try:
-        from fla.ops.gated_delta_rule import (  # type: ignore[reportMissingImports]
-            chunk_gated_delta_rule,
-        )
-    except ImportError:
-        return None
-    return chunk_gated_delta_rule
-
-
-def run_timings():
-    peer_scan = fla_scan()
+def run_timings(names=()):
+    """Times the shapes of these names, or all, and peers that are installed."""
     print(torch.cuda.get_device_name(), "torch", torch.__version__, triton.__version__)
-    for shape in shapes():
-        inputs, borders = timing_inputs(shape)
-        started = time.time()
-        packed_scan(cu_seqlens=borders)(**inputs)
-        torch.cuda.synchronize()
-        cold = time.time() - started
-        result = measure(packed_scan(cu_seqlens=borders), inputs)
-        peer = None
-        if peer_scan is not None and shape.decay == "head":
+    known = shapes()
+    for name in names or known:
+        time_shape(name, known[name])
 
-            def fla(query, key, value, log_decay, beta, borders=borders):
-                return peer_scan(
-                    query, key, value, log_decay, beta, cu_seqlens=borders.long()
-                )[0]
 
-            peer = measure(fla, inputs)
-            report(f"{shape.name}, fla", shape, peer)
-        report(shape.name, shape, result, peer)
-        print(f"{'':22} first forward call {cold:.1f} s", flush=True)
-        if len(shape.lengths) > 1:
-            padded, offsets = aligned(shape, inputs)
-            result = measure(packed_scan(chunk_offsets=offsets), padded)
-            report(f"{shape.name}, aligned", shape, result)
+def time_shape(name, shape):
+    inputs, borders = timing_inputs(shape)
+    started = time.time()
+    packed_scan(cu_seqlens=borders)(**inputs)
+    torch.cuda.synchronize()
+    cold = time.time() - started
+    peers = {}
+    for peer, scan in gpu_peers.scans(shape).items():
+
+        def run(scan=scan, **inputs):
+            return scan(**inputs, borders=borders)
+
+        try:
+            peers[peer] = measure(run, inputs)
+        except Exception as error:
+            print(f"{name}, {peer}: {type(error).__name__}: {str(error)[:300]}")
+            continue
+        report(f"{name}, {peer}", shape, peers[peer], {})
+    result = measure(packed_scan(cu_seqlens=borders), inputs)
+    report(name, shape, result, peers)
+    print(f"{'':24} first forward call {cold:.1f} s", flush=True)
+    if len(shape.lengths) > 1:
+        padded, offsets = aligned(shape, inputs)
+        result = measure(packed_scan(chunk_offsets=offsets), padded)
+        report(f"{name}, aligned", shape, result, peers)
 
 
 def run_profile():
     """Prints the time of each kernel, forward and backward, at MoM's shape."""
-    shape = shapes()[0]
+    shape = shapes()["packed"]
     inputs, _ = timing_inputs(shape)
     inputs, offsets = aligned(shape, inputs)
     leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}

@@ -45,6 +45,20 @@ def chunk_rows(chunk, table, length, chunks, ROWS: tl.constexpr, LAYOUT: tl.cons
 
 
 @triton.jit
+def program_segment(programs, segments, SEGMENTED: tl.constexpr):
+    """The segment that a program scans, of `programs` each, one a head and V block.
+
+    The last segments of all batch rows come first: a layer's shared memory, which has
+    more rows than any other, is the last of its batch row, and would be waited for.
+    """
+    place = tl.program_id(0) // programs
+    if SEGMENTED:
+        rows = (tl.num_programs(0) // programs) // segments
+        place = (place % rows) * segments + (segments - 1 - place // rows)
+    return place
+
+
+@triton.jit
 def segment_chunks(segment, offsets, segments, chunks, SEGMENTED: tl.constexpr):
     """First chunk of a segment, and the first behind it.
 

@@ -21,6 +21,7 @@ from keras_mom_kernels.memory_scan.triton_common import (
     load_column,
     load_rows,
     operand,
+    program_segment,
     segment_chunks,
     square_offsets,
     state_offsets,
@@ -91,7 +92,7 @@ def scan_chunks(
     blocks: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     start_v = (tl.program_id(0) % blocks) * BLOCK_V
     head = (tl.program_id(0) // blocks) % heads
-    segment = tl.program_id(0) // (blocks * heads)
+    segment = program_segment(blocks * heads, segments, SEGMENTED)
     begin, end = segment_chunks(segment, offsets, segments, chunks, SEGMENTED)
     place, held = state_offsets(
         segment, head, heads, 0, start_v, K, V, BLOCK_K, BLOCK_V

@@ -107,9 +107,8 @@ def own_documents(documents, row, length, DOCUMENTS: tl.constexpr):
 
 
 @triton.jit
-def tap_sums(
+def load_taps(
     inputs,
-    kernel,
     source,
     documents,
     row,
@@ -122,18 +121,40 @@ def tap_sums(
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """float32 `[ROWS, BLOCK]`: the convolution; the inputs' rows where TAPS is 0."""
+    """A tuple of float32 `[ROWS, BLOCK]`: what each row of the kernel meets."""
     own = own_documents(documents, row, length, DOCUMENTS)
+    taps = ()
+    for i in tl.static_range(TAPS):
+        met = row - (TAPS - 1) + i
+        index = met_rows(source, documents, own, met, length, DOCUMENTS)
+        taps += (load_tile(inputs, index, columns, ROWS, GROUP, BLOCK, WIDTH),)
+    return taps
+
+
+@triton.jit
+def tap_sums(
+    inputs,
+    taps,
+    kernel,
+    source,
+    row,
+    length,
+    columns,
+    TAPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """float32 `[ROWS, BLOCK]`: the convolution; the inputs' rows where TAPS is 0."""
     if TAPS == 0:
-        index = met_rows(source, documents, own, row, length, False)
+        index = met_rows(source, source, row, row, length, False)
         total = load_tile(inputs, index, columns, ROWS, GROUP, BLOCK, WIDTH)
     else:
         total = tl.zeros((ROWS, BLOCK), tl.float32)
         for i in tl.static_range(TAPS):
-            met = row - (TAPS - 1) + i
-            index = met_rows(source, documents, own, met, length, DOCUMENTS)
-            tap = load_tile(inputs, index, columns, ROWS, GROUP, BLOCK, WIDTH)
-            total += tap * load_factors(kernel, i, columns, GROUP, BLOCK, WIDTH)
+            factors = load_factors(kernel, i, columns, GROUP, BLOCK, WIDTH)
+            total += taps[i] * factors
     return total
 
 
@@ -165,15 +186,28 @@ def convolve_rows(
     source += batch * rows
     if DOCUMENTS:
         documents += batch * rows
-    total = tap_sums(
+    taps = load_taps(
         inputs,
-        kernel,
         source,
         documents,
         row,
         rows,
         columns,
         DOCUMENTS,
+        TAPS,
+        ROWS,
+        GROUP,
+        BLOCK,
+        WIDTH,
+    )
+    total = tap_sums(
+        inputs,
+        taps,
+        kernel,
+        source,
+        row,
+        rows,
+        columns,
         TAPS,
         ROWS,
         GROUP,
@@ -255,16 +289,29 @@ def row_gradients(
         filled = tl.load(source + row, mask=row < rows, other=-1) >= 0
         taken = tl.where(filled, row, -1)
         grad = load_tile(output_grad, taken, columns, ROWS, GROUP, BLOCK, WIDTH)
+        taps = load_taps(
+            inputs,
+            source,
+            documents,
+            row,
+            rows,
+            columns,
+            DOCUMENTS,
+            TAPS,
+            ROWS,
+            GROUP,
+            BLOCK,
+            WIDTH,
+        )
         if SILU or NORMALIZE:
             total = tap_sums(
                 inputs,
+                taps,
                 kernel,
                 source,
-                documents,
                 row,
                 rows,
                 columns,
-                DOCUMENTS,
                 TAPS,
                 ROWS,
                 GROUP,
@@ -273,14 +320,10 @@ def row_gradients(
             )
             grad = through_activation(grad, total, epsilon, SILU, NORMALIZE)
             grad = tl.where(filled[:, None], grad, 0.0)
-        own = own_documents(documents, row, rows, DOCUMENTS)
         added = ()
         for i in tl.static_range(TAPS):
-            met = row - (TAPS - 1) + i
-            index = met_rows(source, documents, own, met, rows, DOCUMENTS)
-            tap = load_tile(inputs, index, columns, ROWS, GROUP, BLOCK, WIDTH)
             # Empty rows have no gradient, but the rows they meet may be anything.
-            product = tl.where(filled[:, None], tap * grad, 0.0)
+            product = tl.where(filled[:, None], taps[i] * grad, 0.0)
             added += (shares[i] + product,)
         shares = added
         mask = tile_mask(row < rows, columns, ROWS, GROUP, BLOCK, WIDTH)

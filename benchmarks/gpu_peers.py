@@ -1,0 +1,91 @@
+"""Implementations of other projects, where installed, as functions of our inputs.
+
+flash-linear-attention 0.6.0 (`fla`) tunes its kernels at the first call of a shape,
+for minutes; FlashQLA 0.1.3 compiles for about one.
+"""
+
+# pyright: reportMissingImports=false
+
+import importlib.util
+
+
+def scans(shape):
+    """Functions of query, key, value, log_decay, beta and cu_seqlens, by name."""
+    found = {}
+    if installed("fla"):
+        found |= _fla_scans(shape.decay)
+    if installed("flash_qla") and shape.decay == "head" and shape.key_dim == 128:
+        found["FlashQLA"] = _flash_qla
+    return found
+
+
+def installed(name):
+    return importlib.util.find_spec(name) is not None
+
+
+def _fla_scans(decay):
+    if decay == "head":
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+        return {"fla": _with_borders(chunk_gated_delta_rule)}
+    from fla.ops.gla import chunk_gla
+    from fla.ops.kda import chunk_kda
+
+    def gla(query, key, value, log_decay, beta, borders):
+        del beta
+        return chunk_gla(query, key, value, log_decay, cu_seqlens=borders.long())[0]
+
+    return {"fla's KDA": _with_borders(chunk_kda), "fla's GLA": gla}
+
+
+def _with_borders(function):
+    def scan(query, key, value, log_decay, beta, borders):
+        borders = borders.long()
+        return function(query, key, value, log_decay, beta, cu_seqlens=borders)[0]
+
+    return scan
+
+
+def _flash_qla(query, key, value, log_decay, beta, borders):
+    from flash_qla import chunk_gated_delta_rule
+
+    options = dict(cu_seqlens=borders.long())
+    return chunk_gated_delta_rule(query, key, value, log_decay, beta, **options)[0]
+
+
+def mom_attention(width, heads, head_dim, memories, top_k):
+    """fla's layer, in bfloat16 on the GPU; None without it."""
+    if not installed("fla"):
+        return None
+    import torch
+    from fla.layers.mom import MomAttention
+
+    layer = MomAttention(
+        hidden_size=width,
+        head_dim=head_dim,
+        num_heads=heads,
+        expand_v=1,
+        num_memories=memories,
+        topk=top_k,
+        shared_mem=True,
+    )
+    return layer.to("cuda", torch.bfloat16).train()
+
+
+def mom_language_model(depth, width, heads, head_dim, inner_width, vocabulary):
+    """fla's language model of such layers; None without it."""
+    if not installed("fla"):
+        return None
+    import torch
+    from fla.models import MomConfig, MomForCausalLM
+
+    config = MomConfig(
+        hidden_size=width,
+        num_heads=heads,
+        head_dim=head_dim,
+        num_hidden_layers=depth,
+        intermediate_size=inner_width,
+        vocab_size=vocabulary,
+        tie_word_embeddings=True,
+    )
+    return MomForCausalLM(config).to("cuda", torch.bfloat16).train()
