@@ -103,7 +103,7 @@ def test_sources_and_targets_are_inverse(sets):
         "routed and shared": [0, 0, 0, 1],
     }[sets]
     count = max(of_memory) + 1
-    source, targets = (array(x) for x in packing.source(count, of_memory))
+    source, targets = (array(x) for x in packing.source(count))
     expected = {}
     for b, row in np.argwhere(array(packing.token) >= 0):
         place = array(packing.token)[b, row] * count

@@ -18,7 +18,6 @@ from keras_mom.ops.packed_convolution import (
     packed_convolution,
 )
 from keras_mom.ops.packing import Documents, Packing
-from keras_mom.ops.rows import gather_rows
 
 
 class Sizes(NamedTuple):
@@ -124,8 +123,8 @@ def mix_sequence(
         documents = Documents(packing, segment_ids, mask)
 
     shapes = [(sizes.num_heads, width) for width in _head_widths(sizes)]
-    to_query = packing.source(1, None)
-    to_sets = packing.source(sizes.projections, sizes.projection_of_memory)
+    to_query = packing.source(1)
+    to_sets = packing.source(sizes.projections)
     raw = [
         _by_set(tokens.query, 1),
         _by_set(tokens.key, sizes.projections),
@@ -157,7 +156,9 @@ def mix_sequence(
         )
     ]
     heads = [_reshape_last(x, shape) for x, shape in zip(convolved, shapes)]
-    features = [_packed_feature(x, to_sets) for x in tokens.features]
+    features = [
+        _packed_feature(x, to_sets, options["implementation"]) for x in tokens.features
+    ]
     query, key, value, log_decay, beta = rule.prepare(*heads, *features)
 
     # Rows without a token change nothing, whatever the convolution left in them.
@@ -223,11 +224,14 @@ def _split_channels(sizes, x):
     return x[..., :query], x[..., query : query + key], x[..., query + key :]
 
 
-def _packed_feature(x, moves):
+def _packed_feature(x, moves, implementation):
     """Rows `[B, R, ...]` of a rule's projection `[B, T, P, ...]`."""
     batch, length, sets, *rest = ops.shape(x)
     width = 1
     for size in rest:
         width = width * size
-    rows = gather_rows(ops.reshape(x, (batch, length * sets, width)), *moves)
+    x = ops.reshape(x, (batch, length * sets, width))
+    rows = packed_convolution(
+        x, None, *moves, activation=None, implementation=implementation
+    )
     return _reshape_last(rows, rest)

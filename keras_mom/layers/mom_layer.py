@@ -220,6 +220,7 @@ class MoMLayer(StateMixin, ProjectionsMixin, keras.layers.Layer):
             self.key_dim,
             self.value_dim,
             sets,
+            implementation=self.implementation,
             kernel_initializer=self.kernel_initializer,
             dtype=self.dtype_policy,
             **weights,
@@ -327,7 +328,9 @@ class MoMLayer(StateMixin, ProjectionsMixin, keras.layers.Layer):
             inputs = select(mask[..., None], inputs, 0)
 
         probabilities, weights, indices = self._route(inputs)
-        statistics = routing_statistics(probabilities, indices, mask)
+        statistics = routing_statistics(
+            probabilities, indices, mask, implementation=self.implementation
+        )
         tokens = Tokens(
             self.query_projection(inputs),
             self.key_projection(inputs),

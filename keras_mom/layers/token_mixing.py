@@ -7,6 +7,7 @@ import functools
 
 from keras import ops
 
+from keras_mom.ops.memory_mixing import output_norm
 from keras_mom.ops.memory_step import (
     TokenScan,
     convolution_step,
@@ -70,7 +71,8 @@ def mix_token(
         rows = (query, key, value, log_decay, beta)
         mixed, memories = scan_and_mix(scan, *rows, weights, active, state[0])
     state = (memories,) if kernels is None else (memories, window)
-    return norm(mixed[:, None]), state
+    output = output_norm(mixed[:, None], norm, implementation=implementation)
+    return output, state
 
 
 def _by_set(x, sets):

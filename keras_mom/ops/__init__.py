@@ -7,6 +7,7 @@ from keras_mom.ops.routing import RoutingStatistics, routing_statistics, top_k_r
 from keras_mom.ops.short_convolution import short_convolution
 
 if keras.backend.backend() == "torch":
+    from keras_mom.ops import triton_gates as triton_gates
     from keras_mom.ops import triton_mixing as triton_mixing
     from keras_mom.ops import triton_packed_convolution as triton_packed_convolution
     from keras_mom.ops import triton_packing as triton_packing

@@ -9,7 +9,8 @@ from keras import ops
 
 def constant(value, dtype):
     """A scalar tensor."""
-    return ops.zeros((), dtype) + value
+    zero = ops.zeros((), dtype)
+    return zero + value if value else zero
 
 
 def select(condition, x, value):

@@ -54,6 +54,25 @@ def memory_mixing(outputs, weights, packing, norm, *, implementation=None):
     return dispatch("memory_mixing", implementation, outputs, weights, packing, norm)
 
 
+def output_norm(mixed, norm, *, implementation=None):
+    """Normalizes and gates what tokens have read already.
+
+    Args:
+        mixed: float32 `[B, T, H, V]`.
+        norm: `OutputNorm`.
+        implementation: as in `keras_mom.ops.memory_scan`.
+
+    Returns:
+        `[B, T, H * V]`, of the dtype of `norm`.
+    """
+    return dispatch("output_norm", implementation, mixed, norm)
+
+
+@register("output_norm", "portable")
+def _portable_norm(mixed, norm):
+    return norm(mixed)
+
+
 @register("memory_mixing", "portable")
 def _portable(outputs, weights, packing, norm):
     batch, length, top_k = ops.shape(weights)

@@ -17,7 +17,7 @@ def packed_convolution(
     targets,
     *,
     documents=None,
-    activation="silu",
+    activation: str | None = "silu",
     heads=None,
     epsilon=1e-6,
     implementation=None,
@@ -119,10 +119,9 @@ def last_windows(packing, documents, taken, history):
         float32 `[B, M, W, channels]`, zeros for rows of an older document.
     """
     last = packing.window_rows(history)
-    windows = [
-        take_rows(inputs, ops.take_along_axis(source, last, axis=1))
-        for inputs, source, _ in taken
-    ]
+    rows = [ops.take_along_axis(source, last, axis=1) for _, source, _ in taken[:2]]
+    # Keys and values are projected for the same sets.
+    windows = [take_rows(x, index) for (x, _, _), index in zip(taken, (*rows, rows[1]))]
     windows = ops.cast(ops.concatenate(windows, axis=-1), "float32")
     if documents is not None:
         number = ops.take_along_axis(documents.of_rows, last, axis=1)

@@ -73,19 +73,19 @@ class Packing:
         self.start, self.count = tables["start"], tables["count"]
         self.chunk_offsets = tables["chunk_offsets"]
 
-    def source(self, sets, set_of_memory):
+    def source(self, sets):
         """Rows of `[B, T * sets, ...]` to take: each row's token in its memory's set.
 
         Args:
-            sets: number of projection sets.
-            set_of_memory: the set of each memory, a list of M numbers.
+            sets: number of projection sets: M, or one for all memories, or one for
+                the routed memories and one for the shared memory.
 
         Returns:
             Source `[B, R]` and targets `[B, T * sets, J']`, as `gather_rows` takes.
         """
         if sets == 1:
             return self.token, self.targets
-        options = (sets, tuple(set_of_memory), self.num_memories)
+        options = (sets, self.num_memories)
         return _source(options, self.token, self.memory, self.targets, self.position)
 
     def history_source(self, offset):
@@ -196,15 +196,15 @@ def _slots(targets, rows):
 @backend.compiled
 def _source(options, token, memory, targets, position):
     """`Packing.source` for more than one set."""
-    sets, set_of_memory, num_memories = options
-    chosen = sum(
-        ops.cast(memory == m, "int32") * s for m, s in enumerate(set_of_memory)
-    )
-    source = select(token >= 0, token * sets + chosen, -1)
+    sets, num_memories = options
+    each = sets == num_memories
+    # A set for each memory, or one for all routed memories, one for the shared memory.
+    chosen = memory if each else ops.cast(memory == num_memories - 1, "int32")
+    # Rows without a token have -1 there too.
+    source = ops.where(token >= 0, token * sets + chosen, token)
     batch, length, slots = ops.shape(targets)
-    if sets == num_memories:
+    if each:
         return source, ops.reshape(position, (batch, length * sets, 1))
-    # One set for all routed memories, one for the shared memory.
     own = targets[:, :, :-1]
     shared = pad(targets[:, :, -1:], 2, after=slots - 2, fill=-1)
     both = ops.stack([own, shared], axis=2)

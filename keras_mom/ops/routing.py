@@ -88,7 +88,7 @@ class RoutingStatistics(NamedTuple):
     balance_loss: object
 
 
-def routing_statistics(probabilities, indices, mask=None):
+def routing_statistics(probabilities, indices, mask=None, *, implementation=None):
     """Computes `RoutingStatistics`.
 
     The balance loss is that of the Switch Transformer (arXiv 2101.03961, equation 4).
@@ -97,7 +97,17 @@ def routing_statistics(probabilities, indices, mask=None):
         probabilities: float32 `[B, T, M]`.
         indices: int32 `[B, T, k]`.
         mask: bool `[B, T]`, False at tokens that do not count, or None.
+        implementation: as in `keras_mom.ops.memory_scan`.
     """
+    tensors = [
+        x if x is None or ops.is_tensor(x) else ops.convert_to_tensor(x)
+        for x in (probabilities, indices, mask)
+    ]
+    return dispatch("routing_statistics", implementation, *tensors)
+
+
+@register("routing_statistics", "portable")
+def _portable_statistics(probabilities, indices, mask):
     return _statistics((), probabilities, indices, mask)
 
 

@@ -48,6 +48,7 @@ class MemoryUpdateRule(keras.layers.Layer):
         num_heads, key_dim, value_dim: H, K and V of the layer, known in
             `create_projections` and after.
         num_projections: P.
+        implementation: that of the layer, for operations of `keras_mom.ops`.
     """
 
     write = "delta"
@@ -63,14 +64,25 @@ class MemoryUpdateRule(keras.layers.Layer):
         self.key_dim: Any = None
         self.value_dim: Any = None
         self.num_projections: Any = None
+        self.implementation: Any = None
         self._dense_options = {}
 
-    def bind(self, num_heads, key_dim, value_dim, num_projections, **dense_options):
+    def bind(
+        self,
+        num_heads,
+        key_dim,
+        value_dim,
+        num_projections,
+        *,
+        implementation=None,
+        **dense_options,
+    ):
         """Tells the rule the sizes of its layer. `MoMLayer` calls this once.
 
         Args:
             num_heads, key_dim, value_dim: H, K, V.
             num_projections: P.
+            implementation: that of the layer.
             **dense_options: options of the `keras.layers.Dense` layers that
                 `per_memory_dense` makes: initializer, regularizer, constraint, dtype.
         """
@@ -81,6 +93,7 @@ class MemoryUpdateRule(keras.layers.Layer):
             )
         self.num_heads, self.key_dim, self.value_dim = num_heads, key_dim, value_dim
         self.num_projections = num_projections
+        self.implementation = implementation
         self._dense_options = dense_options
         self.create_projections()
 

@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_mom.initializers import InverseSoftplusLogUniform, LogUniform
+from keras_mom.ops.gates import decay_and_write_strength
 from keras_mom.rules.base import MemoryUpdateRule
 
 
@@ -42,7 +43,11 @@ class GatedDeltaNet(MemoryUpdateRule):
         )
 
     def prepare(self, query, key, value, decay, write_strength):
-        decay = ops.cast(decay, "float32") + self.dt_bias
-        log_decay = -ops.exp(self.a_log) * ops.softplus(decay)
-        beta = ops.sigmoid(ops.cast(write_strength, "float32"))
+        log_decay, beta = decay_and_write_strength(
+            decay,
+            write_strength,
+            ops.convert_to_tensor(self.dt_bias),
+            ops.convert_to_tensor(self.a_log),
+            implementation=self.implementation,
+        )
         return query, key, value, log_decay, beta

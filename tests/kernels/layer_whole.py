@@ -20,8 +20,11 @@ def outputs_and_gradients(layer, inputs, cotangent, implementation, **options):
     leaf = inputs.detach().requires_grad_()
     output, state = layer(leaf, **options)
     weights = [v.value for v in layer.trainable_variables]
-    found = torch.autograd.grad(output, [leaf, *weights], cotangent)
-    return [output.detach(), *(x.detach() for x in state)], list(found)
+    results = output, sum(layer.losses)
+    cotangents = cotangent, torch.ones((), device=DEVICE)
+    found = torch.autograd.grad(results, [leaf, *weights], cotangents)
+    outputs = output, *state, *layer.losses
+    return [x.detach() for x in outputs], list(found)
 
 
 def error(x, y):
@@ -36,7 +39,9 @@ def main(sizes=(2, 20, 16, 2, 8), dtypes=("float32",)):
     random = np.random.default_rng(0)
     for dtype in dtypes:
         keras.utils.set_random_seed(1)
-        layer = keras_mom.MoMLayer(heads, head_dim, return_state=True, dtype=dtype)
+        layer = keras_mom.MoMLayer(
+            heads, head_dim, balance_loss_weight=2.0, return_state=True, dtype=dtype
+        )
         inputs = random.normal(size=(batch, length, width))
         inputs = torch.tensor(inputs, device=DEVICE, dtype=getattr(torch, dtype))
         layer.build(inputs.shape)

@@ -2,12 +2,15 @@
 
 from offline import Kernel, compiled, resources
 
+from keras_mom_kernels.gates import triton_gates
+from keras_mom_kernels.gates.torch import launch_of as gates_of
 from keras_mom_kernels.memory_mixing import triton_mixing
 from keras_mom_kernels.memory_mixing.shapes import BENCHMARK
 from keras_mom_kernels.memory_mixing.torch import launch_of
 from keras_mom_kernels.memory_scan.configurations import Launch
 from keras_mom_kernels.packing import triton_packing
-from keras_mom_kernels.routing import triton_routing
+from keras_mom_kernels.routing import triton_routing, triton_statistics
+from keras_mom_kernels.routing.torch_statistics import launch_of as statistics_of
 
 _POINTERS = {"bfloat16": "*bf16", "float32": "*fp32"}
 _INTEGERS = ("tokens", "rows", "length", "chunks")
@@ -56,6 +59,24 @@ def routing_kernels():
     return [Kernel(x.__name__, x, Launch(0, 0, 4, 3), sizes) for x in functions], types
 
 
+def statistics_kernels():
+    """The routing statistics' kernels with 4 memories, and their arguments' types."""
+    names = ("probabilities", "partials", "share", "mean_entropy", "loss")
+    names += ("tokens_counted", "entropy_grad", "loss_grad", "probabilities_grad")
+    types = dict.fromkeys(names, "*fp32") | {"indices": "*i32", "mask": "*i1"}
+    types |= {"steps": "i32", "programs": "i32"}
+    blocks = statistics_of(2**14, 4)[2]
+    known = dict(M=4, TOP_K=2, MASKED=True, ALONE=False, ROWS=16)
+    known |= dict(ENTROPY=True, LOSS=True)
+    functions = (
+        triton_statistics.sum_tokens,
+        triton_statistics.add_partials,
+        triton_statistics.statistics_gradients,
+    )
+    launch = Launch(0, 0, 4, 3)
+    return [Kernel(x.__name__, x, launch, known | blocks) for x in functions], types
+
+
 def packing_kernels():
     """The packing's kernels with 4 memories and a shared one, and the like."""
     tables = ("position", "targets", "slot", "token", "memory", "place", "start")
@@ -72,6 +93,18 @@ def packing_kernels():
     ], types
 
 
+def gate_kernels():
+    """The gates' kernels with 8 heads, and the types of their arguments."""
+    names = ("dt_bias", "a_log", "log_decay", "beta", "partials")
+    types = dict.fromkeys((*names, "log_decay_grad", "beta_grad"), "*fp32")
+    names = ("decay", "write_strength", "decay_grad", "write_strength_grad")
+    types |= dict.fromkeys(names, "*bf16")
+    known = dict(STEPS=4) | gates_of(8)
+    functions = (triton_gates.gates, triton_gates.gate_gradients)
+    launch = Launch(0, 0, 4, 3)
+    return [Kernel(x.__name__, x, launch, known) for x in functions], types
+
+
 def report(found, types):
     """Prints name, registers and stack of each kernel, a line each."""
     types = {**types, **dict.fromkeys(_INTEGERS, "i32")}
@@ -86,4 +119,6 @@ if __name__ == "__main__":
     most = BENCHMARK._replace(name="most-rows", k=8, dtype="float32")
     report(*mixing_kernels(most))
     report(*routing_kernels())
+    report(*statistics_kernels())
+    report(*gate_kernels())
     report(*packing_kernels())

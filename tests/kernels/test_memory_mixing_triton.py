@@ -11,7 +11,10 @@ from keras_mom_kernels.memory_mixing.shapes import CASES, Case, make_inputs
 
 pytest.importorskip("triton")
 
-from keras_mom_kernels.memory_mixing.torch import memory_mixing  # noqa: E402
+from keras_mom_kernels.memory_mixing.torch import (  # noqa: E402
+    memory_mixing,
+    output_norm,
+)
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -96,6 +99,30 @@ def test_result_and_inputs_of_different_dtypes():
     result = memory_mixing(**tensors, dtype=torch.float32)
     assert result.dtype == torch.float32
     assert error(result, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("gated", (False, True))
+@pytest.mark.parametrize("shape", ((3, 1, 2, 16), (2, 5, 3, 20)))
+def test_what_is_read_already(shape, gated):
+    batch, length, heads, width = shape
+    random = torch.Generator().manual_seed(0)
+    mixed = torch.randn(shape, generator=random).to(DEVICE)
+    gate = torch.randn(batch, length, heads * width, generator=random).to(DEVICE)
+    scale = torch.rand(width, generator=random).to(DEVICE)
+    cotangent = torch.randn(gate.shape, generator=random).to(DEVICE)
+    leaves = [mixed, scale, *[gate] * gated]
+    exact = [x.double().requires_grad_() for x in leaves]
+    leaves = [x.requires_grad_() for x in leaves]
+    result = output_norm(*leaves, epsilon=0.1, dtype=torch.float32)
+    rows = exact[0]
+    normalized = rows / (rows.square().mean(-1, keepdim=True) + 0.1).sqrt()
+    expected = (normalized * exact[1]).reshape(gate.shape)
+    if gated:
+        expected = expected * torch.nn.functional.silu(exact[2])
+    assert error(result.detach(), expected.detach()) <= 1e-6
+    found = torch.autograd.grad(result, leaves, cotangent)
+    for x, y in zip(found, torch.autograd.grad(expected, exact, cotangent.double())):
+        assert error(x, y) <= 1e-6
 
 
 def test_epsilon():

@@ -8,7 +8,7 @@ from keras_mom_kernels.routing import reference
 
 pytest.importorskip("triton")
 
-from keras_mom_kernels.routing.torch import route  # noqa: E402
+from keras_mom_kernels.routing.torch import route, routing_statistics  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -93,3 +93,105 @@ def test_no_tokens_and_what_no_kernel_serves():
         route(draw(1, 2, 4).double(), 2)
     with pytest.raises(NotImplementedError, match="1025"):
         route(draw(1, 2, 1025), 2)
+
+
+# One program; programs whose sums are added; many memories in several programs.
+STATISTICS = ((2, 9, 4, 2), (1, 1, 5, 3), (2, 2100, 3, 1), (17, 1100, 2, 2))
+STATISTICS += ((1, 1100, 130, 2),)
+
+
+def draw_routing(batch, length, memories, top_k, masked):
+    """Probabilities, indices and mask; masked tokens hold no numbers."""
+    probabilities, _, indices = route(draw(batch, length, memories), top_k)
+    if not masked:
+        return probabilities, indices, None
+    mask = draw(batch, length, 1, 3)[..., 0] > -0.3
+    return probabilities.masked_fill(~mask[..., None], float("nan")), indices, mask
+
+
+def exact_statistics(probabilities, indices, mask):
+    """Differentiable entropy and balance loss of the valid tokens."""
+    memories, top_k = probabilities.shape[-1], indices.shape[-1]
+    valid = slice(None) if mask is None else mask
+    p, chosen = probabilities[valid].reshape(-1, memories), indices[valid].long()
+    fraction = torch.bincount(chosen.flatten(), minlength=memories) / len(p)
+    loss = memories * (fraction.double() * p.mean(0)).sum() / top_k
+    return -(p * p.log()).sum(-1).mean(), loss
+
+
+@pytest.mark.parametrize("masked", (False, True))
+@pytest.mark.parametrize("sizes", STATISTICS)
+def test_statistics(sizes, masked):
+    *_, memories, top_k = sizes
+    probabilities, indices, mask = draw_routing(*sizes, masked)
+    found = routing_statistics(probabilities, indices, mask)
+    exact = probabilities.double()
+    entropy, loss = exact_statistics(exact, indices, mask)
+    chosen = indices if mask is None else indices[mask]
+    counts = torch.bincount(chosen.flatten().long(), minlength=memories)
+    torch.testing.assert_close(found.share.double(), counts / counts.sum().double())
+    assert found.entropy.item() == pytest.approx(entropy.item(), rel=1e-6)
+    assert found.balance_loss.item() == pytest.approx(loss.item(), rel=1e-6)
+    again = routing_statistics(probabilities, indices, mask)
+    assert all(torch.equal(x, y) for x, y in zip(found, again))
+
+
+def test_statistics_are_those_of_the_reference():
+    probabilities, indices, mask = draw_routing(2, 30, 5, 2, True)
+    found = routing_statistics(probabilities, indices, mask)
+    p = probabilities.double().cpu().numpy()
+    expected = reference.route(p, 2, mask.cpu().numpy())
+    np.testing.assert_allclose(found.share.cpu(), expected.share, rtol=1e-6)
+    assert found.entropy.item() == pytest.approx(expected.entropy, rel=1e-6)
+    assert found.balance_loss.item() == pytest.approx(expected.balance_loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("masked", (False, True))
+@pytest.mark.parametrize("of", ("entropy", "balance_loss", "both"))
+@pytest.mark.parametrize("sizes", STATISTICS[:3])
+def test_gradients_of_statistics(sizes, of, masked):
+    probabilities, indices, mask = draw_routing(*sizes, masked)
+    probabilities.requires_grad_()
+    exact = probabilities.detach().double().requires_grad_()
+    factors = {"entropy": (1.5, 0), "balance_loss": (0, 0.7), "both": (1.5, 0.7)}[of]
+    names = [
+        name for name, factor in zip(("entropy", "balance_loss"), factors) if factor
+    ]
+    found = routing_statistics(probabilities, indices, mask)
+    loss = sum(f * getattr(found, n) for n, f in zip(names, filter(None, factors)))
+    (actual,) = torch.autograd.grad(loss, probabilities)
+    loss = sum(f * x for f, x in zip(factors, exact_statistics(exact, indices, mask)))
+    (expected,) = torch.autograd.grad(loss, exact)
+    assert ((actual - expected).norm() / expected.norm()).item() <= 1e-6
+    if masked:
+        assert not actual[~mask].any()
+
+
+def test_statistics_of_impossible_memories_and_of_no_tokens():
+    probabilities = torch.tensor([[[1.0, 0.0, 0.0]]], device=DEVICE)
+    probabilities.requires_grad_()
+    indices = torch.tensor([[[0, 1]]], device=DEVICE, dtype=torch.int32)
+    found = routing_statistics(probabilities, indices)
+    assert found.entropy.item() == 0 and found.share.tolist() == [0.5, 0.5, 0]
+    (grad,) = torch.autograd.grad(found.entropy, probabilities)
+    assert grad.tolist() == [[[-1.0, *[pytest.approx(-np.log(1e-30))] * 2]]]
+    mask = torch.zeros((1, 1), dtype=torch.bool, device=DEVICE)
+    for found in (
+        routing_statistics(probabilities, indices, mask),
+        routing_statistics(probabilities[:, :0], indices[:, :0]),
+    ):
+        assert not found.share.any()
+        assert found.entropy.item() == 0 and found.balance_loss.item() == 0
+
+
+def test_the_statistics_operator_keeps_its_promises_to_torch():
+    probabilities, indices, _ = draw_routing(2, 3, 4, 2, False)
+    mask = draw(2, 3, 1)[..., 0] > 0
+    operator = torch.ops.keras_mom_kernels.routing_statistics.default
+    torch.library.opcheck(operator, (probabilities.requires_grad_(), indices, mask))
+
+
+def test_statistics_no_kernel_serves():
+    probabilities, indices, _ = draw_routing(1, 2, 4, 2, False)
+    with pytest.raises(NotImplementedError, match="float64"):
+        routing_statistics(probabilities.double(), indices)

@@ -1,6 +1,6 @@
 """The memory mixing on torch through Triton kernels.
 
-    from keras_mom_kernels.memory_mixing.torch import memory_mixing
+    from keras_mom_kernels.memory_mixing.torch import memory_mixing, output_norm
 
 Runs on NVIDIA GPUs from sm_80 on, and on AMD; on a CPU with `TRITON_INTERPRET=1`.
 Nothing is read back to the host. Each input is read once and each result written once
@@ -72,6 +72,40 @@ def memory_mixing(
     tensors = (outputs, weights, targets, scale, gate)
     tensors = (None if x is None else x.contiguous() for x in tensors)
     return _forward(*tensors, float(epsilon), dtype)
+
+
+def output_norm(
+    mixed: torch.Tensor,
+    scale: torch.Tensor,
+    gate: torch.Tensor | None = None,
+    *,
+    epsilon: float = 1e-6,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Normalizes and gates what tokens have read: `memory_mixing` without the sum.
+
+    Args:
+        mixed: float32, bfloat16 or float16 `[B, T, H, V]`, V up to 1024.
+        scale, gate, epsilon, dtype: those of `memory_mixing`.
+
+    Returns:
+        `[B, T, H * V]`.
+
+    Raises:
+        NotImplementedError: if the kernels cannot serve the call, with the reason.
+    """
+    batch, length, heads, width = mixed.shape
+    tokens = batch * length
+    # Each token has a batch row of its own, with one packed row.
+    targets = mixed.new_zeros((tokens, 1, 1), dtype=torch.int32)
+    weights = mixed.new_empty((tokens, 1, 0), dtype=torch.float32)
+    rows = mixed.reshape(tokens, 1, heads, width)
+    if gate is not None:
+        gate = gate.reshape(tokens, 1, heads * width)
+    result = memory_mixing(
+        rows, weights, targets, scale, gate, epsilon=epsilon, dtype=dtype
+    )
+    return result.reshape(batch, length, heads * width)
 
 
 def check_served(outputs, weights, targets, gate, dtype):

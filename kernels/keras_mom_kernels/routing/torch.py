@@ -1,17 +1,19 @@
-"""Routing on torch through Triton kernels, one a direction.
+"""Routing and its statistics on torch through Triton kernels.
 
-    from keras_mom_kernels.routing.torch import route
+    from keras_mom_kernels.routing.torch import route, routing_statistics
 
 Runs on NVIDIA GPUs from sm_80 on, and on AMD; on a CPU with `TRITON_INTERPRET=1`.
 Nothing is read back to the host.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 
 from keras_mom_kernels.memory_scan.torch_launches import on
 from keras_mom_kernels.memory_scan.triton_common import INTERPRETED
-from keras_mom_kernels.routing import triton_routing
+from keras_mom_kernels.routing import torch_statistics, triton_routing
 
 
 def route(
@@ -36,19 +38,66 @@ def route(
     Raises:
         NotImplementedError: if the kernels cannot serve the call, with the reason.
     """
-    kind = logits.device.type
+    _check_served(logits, "logits")
+    probabilities, weights, indices = _forward(logits.contiguous(), top_k)
+    return probabilities, weights, indices
+
+
+class RoutingStatistics(NamedTuple):
+    """How a batch was routed; masked tokens do not count.
+
+    Attributes:
+        share: float32 `[M]`, the share of all routed tokens in each memory; sums to 1.
+        entropy: float32 `[]`, mean entropy of the probabilities, in nats.
+        balance_loss: float32 `[]`, `M * sum_m f_m P_m / k` with `f_m` the fraction of
+            tokens routed to m and `P_m` its mean probability: 1 if perfectly even.
+    """
+
+    share: torch.Tensor
+    entropy: torch.Tensor
+    balance_loss: torch.Tensor
+
+
+def routing_statistics(
+    probabilities: torch.Tensor,
+    indices: torch.Tensor,
+    mask: torch.Tensor | None = None,
+) -> RoutingStatistics:
+    """Computes `RoutingStatistics`. Entropy and balance loss are differentiable.
+
+    The balance loss is that of the Switch Transformer (arXiv 2101.03961, equation 4).
+
+    Args:
+        probabilities: float32 `[B, T, M]`, M up to 1024.
+        indices: int32 `[B, T, k]`.
+        mask: bool `[B, T]`, False at tokens that do not count, or None. Such tokens
+            may hold anything.
+
+    Raises:
+        NotImplementedError: if the kernels cannot serve the call, with the reason.
+    """
+    _check_served(probabilities, "probabilities")
+    found = torch_statistics.statistics(
+        probabilities.contiguous(),
+        indices.to(torch.int32).contiguous(),
+        None if mask is None else mask.contiguous(),
+    )
+    return RoutingStatistics(*found[:3])
+
+
+def _check_served(x, name):
+    """Raises `NotImplementedError`, with the reason, for calls without a kernel."""
+    kind = x.device.type
     if kind not in ("cuda", "meta") and not INTERPRETED.value:
         raise NotImplementedError(
             f"the Triton kernels need a GPU; the tensors are on {kind!r}"
         )
-    if logits.dtype != torch.float32:
-        raise NotImplementedError(f"logits are float32, not {logits.dtype}")
-    if logits.shape[-1] > 1024:
+    if x.dtype != torch.float32:
+        raise NotImplementedError(f"{name} are float32, not {x.dtype}")
+    if x.shape[-1] > 1024:
         raise NotImplementedError(
-            f"the Triton kernels take up to 1024 memories, not {logits.shape[-1]}"
+            f"the Triton kernels take up to 1024 memories, not {x.shape[-1]}"
         )
-    probabilities, weights, indices = _forward(logits.contiguous(), top_k)
-    return probabilities, weights, indices
 
 
 def _run(kernel, tensors, top_k, **blocks):
