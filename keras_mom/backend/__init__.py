@@ -20,6 +20,8 @@ Each module of this package offers the same names for one Keras backend:
 - `full_precision()`: a context in which float32 products are float32 products;
 - `accelerator()`: the kind of accelerator in use, or None on a CPU;
 - `is_concrete(tensor)`: whether the values can be read without a device sync;
+- `overwrites_variables()`: whether a variable's tensor may be overwritten here, since
+  nobody reads its old values any more;
 - `block_elements()`: how many elements an elementwise computation should take at a
   time, so that its intermediates stay in the cache; None to take all at once;
 - `unit_lower_inverse(strict)`: `(I + A)^-1` of strictly lower triangular matrices
@@ -46,6 +48,7 @@ compiled = _implementation.compiled
 full_precision = _implementation.full_precision
 is_concrete = _implementation.is_concrete
 scan = _implementation.scan
+overwrites_variables = _implementation.overwrites_variables
 block_elements = _implementation.block_elements
 unit_lower_inverse = _implementation.unit_lower_inverse
 
@@ -56,6 +59,7 @@ __all__ = [
     "compiled",
     "full_precision",
     "is_concrete",
+    "overwrites_variables",
     "scan",
     "unit_lower_inverse",
 ]

@@ -77,6 +77,11 @@ def is_concrete(tensor):
     return all(device.platform == "cpu" for device in tensor.devices())
 
 
+def overwrites_variables():
+    """See `keras_mom.backend`. Compilers decide that here."""
+    return False
+
+
 def block_elements():
     """See `keras_mom.backend`. XLA makes one pass of what is written as several."""
     return None

@@ -95,6 +95,11 @@ def is_concrete(tensor):
     return isinstance(tensor, tf.__internal__.EagerTensor) and "CPU" in tensor.device
 
 
+def overwrites_variables():
+    """See `keras_mom.backend`. Compilers decide that here."""
+    return False
+
+
 def block_elements():
     """See `keras_mom.backend`. XLA makes one pass of what is written as several."""
     return None

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from keras import ops
+from keras.src.backend import in_stateless_scope
 
 
 def scan(step, carry, length, num_outputs, reverse=False):
@@ -137,6 +138,11 @@ def is_concrete(tensor):
         and not torch.compiler.is_compiling()
         and not isinstance(tensor, torch._subclasses.FakeTensor)
     )
+
+
+def overwrites_variables():
+    """See `keras_mom.backend`: not what the gradient reads, nor a caller's tensors."""
+    return not (torch.is_grad_enabled() or in_stateless_scope())
 
 
 def block_elements():

@@ -343,7 +343,11 @@ class MoMLayer(StateMixin, ProjectionsMixin, keras.layers.Layer):
                 ops.convert_to_tensor(kernel) for kernel in self.convolution_kernels
             ]
         return_state = self.return_state or self.stateful
-        options = dict(implementation=self.implementation, return_state=return_state)
+        options = dict(
+            implementation=self.implementation,
+            return_state=return_state,
+            in_place=self._keeps_state(initial_state),
+        )
         layer = (self.sizes, self.update_rule, kernels, self._output_norm(inputs))
         common = (*layer, tokens, weights, indices, mask)
         if inputs.shape[1] == 1:
@@ -379,7 +383,8 @@ class MoMLayer(StateMixin, ProjectionsMixin, keras.layers.Layer):
             self.router_entropy.assign(ops.stop_gradient(statistics.entropy))
         if self.stateful:
             for variable, value in zip(self.states, state):
-                variable.assign(ops.stop_gradient(value))
+                if value is not variable.value:
+                    variable.assign(ops.stop_gradient(value))
         return (output, state) if self.return_state else output
 
     # Routing.

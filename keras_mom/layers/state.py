@@ -5,6 +5,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_mom import backend
 from keras_mom.layers.checks import check_state
 
 
@@ -20,6 +21,7 @@ class StateMixin:
     update_rule: Any
     conv_width: int | None
     stateful: bool
+    return_state: bool
     add_weight: Any
     states: Any = None
 
@@ -40,9 +42,17 @@ class StateMixin:
         if initial_state is None:
             if not self.stateful:
                 return None
-            # Copies: the variables are written before the backward pass reads these.
-            return tuple(ops.copy(variable.value) for variable in self.states)
+            values = tuple(variable.value for variable in self.states)
+            if backend.overwrites_variables():
+                return values
+            # The variables are written before the backward pass reads these.
+            return tuple(ops.copy(value) for value in values)
         return check_state(initial_state, self._state_shapes(), inputs.shape[0])
+
+    def _keeps_state(self, initial_state):
+        """Whether a token may be written to the variables where they lie."""
+        own = self.stateful and initial_state is None and not self.return_state
+        return own and backend.overwrites_variables()
 
     def _create_states(self, batch):
         if batch is None:

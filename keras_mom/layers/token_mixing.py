@@ -64,6 +64,7 @@ def mix_token(
             write=rule.write,
             erase_before_decay=rule.erase_before_decay,
             read_before_update=rule.read_before_update,
+            in_place=options["in_place"],
             implementation=implementation,
         )
     else:

@@ -108,6 +108,7 @@ def memory_step(
     erase_before_decay=False,
     read_before_update=False,
     scale=None,
+    in_place=False,
     implementation=None,
 ):
     """Writes a token to the memories that take it, reads them, and mixes what they say.
@@ -125,6 +126,7 @@ def memory_step(
         state: float32 `[B, M, H, K, V]`.
         write, erase_before_decay, scale: as in `keras_mom.ops.memory_scan`.
         read_before_update: whether the query reads the state before decay and write.
+        in_place: whether `state` may be overwritten with the new one.
         implementation: as in `keras_mom.ops.memory_scan`.
 
     Returns:
@@ -145,6 +147,7 @@ def memory_step(
         erase_before_decay=erase_before_decay,
         read_before_update=read_before_update,
         scale=scale,
+        in_place=in_place,
         parts=implementation,
     )
 
@@ -229,8 +232,11 @@ def _portable_step(
     erase_before_decay,
     read_before_update,
     scale,
+    in_place,
     parts,
 ):
+    del in_place
+
     def scan(query, key, value, log_decay, beta, initial_state):
         return TokenScan(parts)(
             query,

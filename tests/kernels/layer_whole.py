@@ -31,6 +31,33 @@ def error(x, y):
     return ((x.double() - y.double()).norm() / y.double().norm().clamp(1e-30)).item()
 
 
+@torch.no_grad()
+def decode_in_place(layer, inputs, whole, limit):
+    """A stateful layer writes tokens to the memories where they lie."""
+    config = {**layer.get_config(), "stateful": True, "return_state": False}
+    stateful = keras_mom.MoMLayer.from_config(config)
+    stateful.build(inputs.shape)
+    for new, old in zip(stateful.trainable_variables, layer.trainable_variables):
+        new.assign(old.value)
+    memories = stateful.states[0].value
+    place, outputs = memories.data_ptr(), []
+    for t in range(inputs.shape[1]):
+        before = memories.clone()
+        outputs.append(stateful(inputs[:, t : t + 1]))
+        assert not torch.equal(memories, before)
+    worst = error(torch.cat(outputs, 1), whole)
+    assert worst <= limit, worst
+    assert stateful.states[0].value.data_ptr() == place
+
+    # A caller's own tensors stay as they are.
+    trainable = [v.value for v in stateful.trainable_variables]
+    others = [v.value.clone() for v in stateful.non_trainable_variables]
+    kept = [x.clone() for x in others]
+    _, after = stateful.stateless_call(trainable, others, inputs[:, :1])
+    assert all(torch.equal(x, y) for x, y in zip(others, kept))
+    assert not all(torch.equal(x, y) for x, y in zip(after, kept))
+
+
 def main(sizes=(2, 20, 16, 2, 8), dtypes=("float32",)):
     batch, length, width, heads, head_dim = sizes
     if DEVICE == "cpu":
@@ -70,6 +97,7 @@ def main(sizes=(2, 20, 16, 2, 8), dtypes=("float32",)):
         worst = error(torch.cat(outputs, 1), whole)
         print(dtype, "token by token", f"{worst:.1e}", flush=True)
         assert worst <= TOLERANCES[dtype][0], (dtype, worst)
+        decode_in_place(layer, inputs, whole, TOLERANCES[dtype][0])
 
 
 if __name__ == "__main__":
