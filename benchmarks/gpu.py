@@ -3,13 +3,14 @@
     PYTHONPATH=.:kernels python benchmarks/gpu.py check    every shipped configuration
     PYTHONPATH=.:kernels python benchmarks/gpu.py time     MoM's shape and its peers'
     PYTHONPATH=.:kernels python benchmarks/gpu.py profile  where MoM's shape spends it
-    PYTHONPATH=.:kernels python benchmarks/gpu.py layer    MoMLayer and a language model
+    PYTHONPATH=.:kernels python benchmarks/gpu.py layer    MoMLayer
+    PYTHONPATH=.:kernels python benchmarks/gpu.py model    a language model of 24 layers
     PYTHONPATH=.:kernels python benchmarks/gpu.py          all of these
 
 `check` spreads over worker processes, since compilation takes most of its time; it
-ends with a non-zero status if an error is above its limit. `time` and `layer` have
+ends with a non-zero status if an error is above its limit. The others have
 flash-linear-attention and FlashQLA beside, where they are installed (`gpu_peers.py`);
-`--shapes packed` times one shape alone. Only `layer` needs Keras.
+`--shapes packed` times one shape alone. Only `layer` and `model` need Keras.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from gpu_scan import run_profile, run_timings, shapes
 
 def main():
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    steps = ("check", "time", "profile", "layer")
+    steps = ("check", "time", "profile", "layer", "model")
     parser.add_argument("what", choices=steps, nargs="*", default=steps)
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--shapes", nargs="*", choices=tuple(shapes()), default=())
@@ -40,6 +41,10 @@ def main():
         from gpu_layer import run_layer
 
         run_layer()
+    if "model" in arguments.what:
+        from gpu_layer import run_model
+
+        run_model()
     sys.exit(1 if failed else 0)
 
 

@@ -4,10 +4,12 @@ Each is timed as Keras runs it, and captured in a CUDA graph, which leaves out w
 host takes to launch it.
 """
 
+import functools
 import os
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
+import gpu_peers  # noqa: E402
 import keras  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
@@ -24,60 +26,39 @@ def mom_layer(dtype="bfloat16", **options):
     )
 
 
-class Model:
-    """Tied embeddings and pre-norm blocks of MoM and SwiGLU.
+def language_model(depth=DEPTH, dtype="bfloat16", batch=None):
+    """Tied embeddings, and pre-norm blocks of MoM and SwiGLU.
 
     Args:
         depth: number of blocks.
         dtype: of weights and activations.
+        batch: if given, the batch size of a model that keeps its state.
     """
+    layers = keras.layers
+    dense = dict(use_bias=False, dtype=dtype)
+    embedding = layers.ReversibleEmbedding(VOCABULARY, WIDTH, dtype=dtype)
+    tokens = keras.Input(batch_shape=(batch, None), dtype="int32")
+    x = embedding(tokens)
+    for _ in range(depth):
+        inner = layers.RMSNormalization(dtype=dtype)(x)
+        x = x + mom_layer(dtype, stateful=batch is not None)(inner)
+        inner = layers.RMSNormalization(dtype=dtype)(x)
+        gate = layers.Dense(INNER_WIDTH, activation="silu", **dense)(inner)
+        inner = gate * layers.Dense(INNER_WIDTH, **dense)(inner)
+        x = x + layers.Dense(WIDTH, **dense)(inner)
+    x = layers.RMSNormalization(dtype=dtype)(x)
+    return keras.Model(tokens, embedding(x, reverse=True))
 
-    def __init__(self, depth=DEPTH, dtype="bfloat16"):
-        layers = keras.layers
-        dense = dict(use_bias=False, dtype=dtype)
-        self.embedding = layers.ReversibleEmbedding(VOCABULARY, WIDTH, dtype=dtype)
-        self.blocks = [
-            dict(
-                norm=layers.RMSNormalization(dtype=dtype),
-                mom=mom_layer(dtype, return_state=True),
-                inner_norm=layers.RMSNormalization(dtype=dtype),
-                gate=layers.Dense(INNER_WIDTH, **dense),
-                up=layers.Dense(INNER_WIDTH, **dense),
-                down=layers.Dense(WIDTH, **dense),
-            )
-            for _ in range(depth)
-        ]
-        self.norm = layers.RMSNormalization(dtype=dtype)
 
-    def __call__(self, tokens, states=None):
-        """Logits, and the states behind the tokens."""
-        x, after = self.embedding(tokens), []
-        for index, block in enumerate(self.blocks):
-            state = None if states is None else states[index]
-            mixed, new_state = block["mom"](block["norm"](x), initial_state=state)
-            after.append(new_state)
-            x = x + mixed
-            inner = block["inner_norm"](x)
-            inner = keras.ops.silu(block["gate"](inner)) * block["up"](inner)
-            x = x + block["down"](inner)
-        return self.embedding(self.norm(x), reverse=True), after
-
-    def parameters(self):
-        parts = [
-            self.embedding,
-            self.norm,
-            *(x for b in self.blocks for x in b.values()),
-        ]
-        return [v.value for part in parts for v in part.trainable_variables]
-
-    def initial_state(self, batch):
-        return [block["mom"].get_initial_state(batch) for block in self.blocks]
+def random_tokens(*shape):
+    return torch.randint(VOCABULARY, shape, device="cuda", dtype=torch.int32)
 
 
 def loss_of(model, tokens):
-    logits, _ = model(tokens[:, :-1])
+    logits = model(tokens[:, :-1], training=True)
     logits = logits.reshape(-1, VOCABULARY).float()
-    return torch.nn.functional.cross_entropy(logits, tokens[:, 1:].reshape(-1))
+    loss = torch.nn.functional.cross_entropy(logits, tokens[:, 1:].reshape(-1).long())
+    return loss + sum(model.losses)
 
 
 def median(function, repeats=100):
@@ -125,17 +106,16 @@ def time_layer():
     def both():
         return torch.autograd.grad(layer(x), leaves, cotangent, allow_unused=True)
 
-    memory = extra_memory(both)
-    memory = extra_memory(both)
-    eager = median(forward), median(both)
     graphs = [captured(function)[0] for function in (forward, both)]
+    eager = median(forward), median(both)
+    memory = extra_memory(both)
     ahead, total = (median(graph.replay) for graph in graphs)
     print(
         f"MoMLayer  forward {ahead:.2f} ms, with backward {total:.2f} ms; launched by "
         f"the host {eager[0]:.2f} and {eager[1]:.2f} ms; extra {memory:.0f} MiB",
         flush=True,
     )
-    return graphs[1]
+    return (ahead, total), graphs[1]
 
 
 def profile_graph(graph, least=0.02):
@@ -154,31 +134,29 @@ def profile_graph(graph, least=0.02):
             print(f"  {event.key[:90]:90} {event.count:4} {time:.3f} ms", flush=True)
 
 
-def time_training(model):
-    tokens = torch.randint(VOCABULARY, (BATCH, LENGTH + 1), device="cuda")
-    parameters = model.parameters()
+def time_training(depth=DEPTH):
+    model = language_model(depth)
+    tokens = random_tokens(BATCH, LENGTH + 1)
+    parameters = [v.value for v in model.trainable_variables]
     count = sum(x.numel() for x in parameters)
 
     def step():
-        return torch.autograd.grad(
-            loss_of(model, tokens), parameters, allow_unused=True
-        )
+        return torch.autograd.grad(loss_of(model, tokens), parameters)
 
-    step()
+    graph, _ = captured(step)
+    time = median(graph.replay, 1000)
+    del graph
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     eager = median(step, 1000)
     peak = torch.cuda.max_memory_allocated() / 2**30
     print(
-        f"{len(model.blocks)} layers, {count / 1e6:.0f}M parameters: training step, "
-        f"launched by the host, {eager:.1f} ms, peak {peak:.1f} GiB",
+        f"{depth} layers, {count / 1e6:.0f}M parameters: training step {time:.1f} ms "
+        f"({BATCH * LENGTH / time * 1e3:.0f} tokens/s), launched by the host "
+        f"{eager:.1f} ms, peak {peak:.1f} GiB",
         flush=True,
     )
-    graph, _ = captured(step)
-    time = median(graph.replay, 1000)
-    print(
-        f"captured: {time:.1f} ms ({BATCH * LENGTH / time * 1e3:.0f} tokens/s)",
-        flush=True,
-    )
+    return time
 
 
 @torch.no_grad()
@@ -188,14 +166,14 @@ def check_decoding(depth=4, length=256):
     In bfloat16 a rounding can send a token to another memory, which random weights
     amplify from layer to layer.
     """
-    model = Model(depth, "float32")
-    tokens = torch.randint(VOCABULARY, (1, length), device="cuda")
-    logits, _ = model(tokens)
-    states, stepped = model.initial_state(1), []
-    for t in range(length):
-        row, states = model(tokens[:, t : t + 1], states)
-        stepped.append(row)
-    difference = (torch.cat(stepped, 1) - logits).abs().max()
+    model = language_model(depth, "float32", batch=1)
+    tokens = random_tokens(1, length)
+    logits = model(tokens)
+    for layer in model.layers:
+        if isinstance(layer, keras_mom.MoMLayer):
+            layer.reset_state()
+    stepped = torch.cat([model(token) for token in tokens.split(1, 1)], 1)
+    difference = (stepped - logits).abs().max()
     print(
         f"decoding, float32: logits of {length} steps within {difference:.1e} of the "
         f"full forward pass (standard deviation {logits.std():.2f})",
@@ -204,34 +182,95 @@ def check_decoding(depth=4, length=256):
 
 
 @torch.no_grad()
-def time_decoding(model, batches=(1, 32, 256)):
+def time_decoding(depth=DEPTH, batches=(1, 32, 256)):
+    times = {}
     for batch in batches:
-        token = torch.randint(VOCABULARY, (batch, 1), device="cuda")
-        held = model.initial_state(batch)
-
-        def step(token=token, held=held):
-            logits, states = model(token, held)
-            for old, new in zip(held, states):
-                for x, y in zip(old, new):
-                    x.copy_(y)
-            return logits
-
-        step()
+        model = language_model(depth, batch=batch)
+        token = random_tokens(batch, 1)
+        step = functools.partial(model, token)
         eager = median(step)
         graph, _ = captured(step)
-        time = median(graph.replay)
+        times[batch] = time = median(graph.replay)
         print(
             f"decoding, batch {batch}: {time:.2f} ms a token "
             f"({batch / time * 1e3:.0f} tokens/s), launched by the host {eager:.1f} ms",
             flush=True,
         )
-        if batch == batches[0]:
-            profile_graph(graph, 0.003)
+        if batch in (batches[0], batches[-1]):
+            profile_graph(graph)
+    return times
 
 
 def run_layer():
-    profile_graph(time_layer())
+    times, graph = time_layer()
+    profile_graph(graph)
+    time_peer_layer(times)
+
+
+def run_model():
     check_decoding()
-    model = Model()
-    time_decoding(model)
-    time_training(model)
+    times = time_decoding()
+    step = time_training()
+    time_peer_model(step, times[1])
+
+
+def time_peer_layer(ours):
+    layer = gpu_peers.mom_attention(WIDTH, HEADS, HEAD_DIM)
+    if layer is None:
+        return
+    x = torch.randn(BATCH, LENGTH, WIDTH, device="cuda", dtype=torch.bfloat16)
+    x.requires_grad_()
+    leaves = [x, *layer.parameters()]
+    cotangent = torch.randn_like(x)
+
+    def forward():
+        with torch.no_grad():
+            return layer(x)[0]
+
+    def both():
+        torch.autograd.grad(layer(x)[0], leaves, cotangent, allow_unused=True)
+
+    both()
+    memory = extra_memory(both)
+    theirs = median(forward), median(both)
+    print(
+        f"fla's MomAttention  forward {theirs[0]:.2f} ms, with backward "
+        f"{theirs[1]:.2f} ms, extra {memory:.0f} MiB; ours takes "
+        f"{ours[0] / theirs[0]:.3f} and {ours[1] / theirs[1]:.3f} of it",
+        flush=True,
+    )
+
+
+def time_peer_model(step, token_time):
+    sizes = (DEPTH, WIDTH, HEADS, HEAD_DIM, INNER_WIDTH, VOCABULARY)
+    model = gpu_peers.mom_language_model(*sizes)
+    if model is None:
+        return
+    tokens = random_tokens(BATCH, LENGTH).long()
+
+    def theirs():
+        model.zero_grad()
+        model(tokens, labels=tokens).loss.backward()
+
+    theirs()
+    torch.cuda.reset_peak_memory_stats()
+    time = median(theirs, 2000)
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    count = sum(x.numel() for x in model.parameters())
+    print(
+        f"fla's MomForCausalLM, {count / 1e6:.0f}M parameters: training step "
+        f"{time:.1f} ms, peak {peak:.1f} GiB; ours takes {step / time:.3f} of it",
+        flush=True,
+    )
+    model.eval()
+    with torch.no_grad():
+        cache = model(tokens[:1, :64], use_cache=True).past_key_values
+        token = tokens[:1, :1]
+        step_time = median(
+            lambda: model(token, past_key_values=cache, use_cache=True), 1000
+        )
+    print(
+        f"decoding, batch 1: {step_time:.1f} ms a token; ours takes "
+        f"{token_time / step_time:.4f} of it",
+        flush=True,
+    )

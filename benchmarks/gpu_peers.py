@@ -53,7 +53,7 @@ def _flash_qla(query, key, value, log_decay, beta, borders):
     return chunk_gated_delta_rule(query, key, value, log_decay, beta, **options)[0]
 
 
-def mom_attention(width, heads, head_dim, memories, top_k):
+def mom_attention(width, heads, head_dim):
     """fla's layer, in bfloat16 on the GPU; None without it."""
     if not installed("fla"):
         return None
@@ -65,8 +65,8 @@ def mom_attention(width, heads, head_dim, memories, top_k):
         head_dim=head_dim,
         num_heads=heads,
         expand_v=1,
-        num_memories=memories,
-        topk=top_k,
+        num_memories=4,
+        topk=2,
         shared_mem=True,
     )
     return layer.to("cuda", torch.bfloat16).train()
