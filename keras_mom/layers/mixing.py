@@ -100,7 +100,7 @@ def mix_sequence(
         segment_ids: int32 `[B, T]` or None.
         state: (memories, windows), (memories,) without convolution, or None.
         options: dict: `implementation`, and whether to `return_state`. For a single
-            token, whether the memories' state may be overwritten (`in_place`).
+            token, whether the state may be overwritten (`in_place`).
 
     Returns:
         Mixed outputs, `[B, T, H * V]` of the dtype of `norm`, and the new state, or

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_mom.ops.routing import route
+from keras_mom.ops.routing import logits_of, project_and_route
 
 
 @keras.saving.register_keras_serializable("keras_mom")
@@ -46,12 +46,12 @@ class Router(keras.layers.Layer):
         """Probabilities, float32 `[B, T, M]`, of `[B, T, D]`.
 
         With `top_k` also weights, float32, and indices, int32, both `[B, T, top_k]`;
-        `implementation` is that of `keras_mom.ops.routing.route`.
+        `implementation` is that of `keras_mom.ops.routing.project_and_route`.
         """
-        logits = ops.matmul(ops.cast(inputs, "float32"), self.kernel)
+        kernel = ops.convert_to_tensor(self.kernel)
         if top_k is None:
-            return ops.softmax(logits)
-        return route(logits, top_k, implementation=implementation)
+            return ops.softmax(logits_of(inputs, kernel))
+        return project_and_route(inputs, kernel, top_k, implementation=implementation)
 
     def compute_output_spec(self, inputs, top_k=None, implementation=None):
         shape = tuple(inputs.shape[:-1])

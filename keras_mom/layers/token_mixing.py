@@ -47,6 +47,7 @@ def mix_token(
         set_of_memory=sets,
         activations=(None,) * 3 if kernels is None else rule.convolution_activations,
         normalized=rule.normalized,
+        in_place=options["in_place"] and kernels is not None,
         implementation=implementation,
     )
     features = [of_memories(x[:, 0], sets) for x in tokens.features]

@@ -53,6 +53,7 @@ def convolution_step(
     set_of_memory,
     activations=("silu", "silu", "silu"),
     normalized=(False, False),
+    in_place=False,
     implementation=None,
 ):
     """A token's query, key and value in every memory, behind the short convolution.
@@ -70,6 +71,7 @@ def convolution_step(
         set_of_memory: tuple: the projection set of each of the M memories.
         activations: `"silu"` or None for query, key and value, behind a convolution.
         normalized: whether each head of query and key is L2-normalized behind that.
+        in_place: whether `window` may be overwritten with the new one.
         implementation: as in `keras_mom.ops.memory_scan`.
 
     Returns:
@@ -90,6 +92,7 @@ def convolution_step(
         set_of_memory=tuple(set_of_memory),
         activations=activations,
         normalized=normalized,
+        in_place=in_place,
         parts=implementation,
     )
 
@@ -182,8 +185,10 @@ def _portable_convolution(
     set_of_memory,
     activations,
     normalized,
+    in_place,
     parts,
 ):
+    del in_place
     batch, memories = ops.shape(query)[0], len(set_of_memory)
     rows = [
         ops.repeat(query[:, None], memories, axis=1),

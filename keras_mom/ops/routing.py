@@ -26,6 +26,30 @@ def route(logits, top_k, *, implementation=None):
     return dispatch("routing", implementation, logits, top_k)
 
 
+def project_and_route(inputs, kernel, top_k, *, implementation=None):
+    """`route` for the logits `inputs @ kernel`, which are float32.
+
+    Args:
+        inputs: float `[B, T, D]`.
+        kernel: float32 `[D, M]`.
+        top_k, implementation: as in `route`.
+
+    Returns:
+        As `route`.
+    """
+    return dispatch("projected_routing", implementation, inputs, kernel, top_k)
+
+
+@register("projected_routing", "portable")
+def _portable_projected(inputs, kernel, top_k):
+    return _portable(logits_of(inputs, kernel), top_k)
+
+
+def logits_of(inputs, kernel):
+    """float32 `[B, T, M]`."""
+    return ops.matmul(ops.cast(inputs, "float32"), kernel)
+
+
 @register("routing", "portable")
 def _portable(logits, top_k):
     probabilities = ops.softmax(logits)

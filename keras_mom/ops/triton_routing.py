@@ -2,12 +2,20 @@
 
 from keras_mom.ops import gpu
 from keras_mom.ops.dispatch import register
-from keras_mom.ops.routing import RoutingStatistics
+from keras_mom.ops.routing import RoutingStatistics, logits_of
 
 
 @register("routing", "triton")
 def _route(logits, top_k):
     return _kernels(logits).route(logits, top_k)
+
+
+@register("projected_routing", "triton")
+def _projected(inputs, kernel, top_k):
+    kernels = _kernels(inputs)
+    if kernel.shape[1] > kernels.MOST_PROJECTED:
+        return kernels.route(logits_of(inputs, kernel), top_k)
+    return kernels.project_and_route(inputs, kernel, top_k)
 
 
 @register("routing_statistics", "triton")

@@ -10,6 +10,7 @@ from keras_mom_kernels.memory_mixing.torch import launch_of
 from keras_mom_kernels.memory_scan.configurations import Launch
 from keras_mom_kernels.packing import triton_packing
 from keras_mom_kernels.routing import triton_routing, triton_statistics
+from keras_mom_kernels.routing.torch_projection import projection_sizes
 from keras_mom_kernels.routing.torch_statistics import launch_of as statistics_of
 
 _POINTERS = {"bfloat16": "*bf16", "float32": "*fp32"}
@@ -54,9 +55,18 @@ def routing_kernels():
     names = ("logits", "probabilities", "weights")
     names += ("probabilities_grad", "weights_grad", "logits_grad")
     types = dict.fromkeys(names, "*fp32") | {"indices": "*i32"}
+    types |= dict.fromkeys(("kernel", "partials"), "*fp32")
+    types |= dict.fromkeys(("x", "x_grad"), "*bf16")
     sizes = dict(M=4, TOP_K=2, TOKENS=128, BLOCK_M=4, BLOCK_K=2)
-    functions = (triton_routing.route, triton_routing.route_gradients)
-    return [Kernel(x.__name__, x, Launch(0, 0, 4, 3), sizes) for x in functions], types
+    projected = projection_sizes(1024, 4, 2) | dict(STEPS=32)
+    functions = {
+        triton_routing.route: sizes,
+        triton_routing.route_gradients: sizes,
+        triton_routing.route_projected: projected,
+        triton_routing.projection_gradients: projected,
+    }
+    launch = Launch(0, 0, 4, 3)
+    return [Kernel(x.__name__, x, launch, y) for x, y in functions.items()], types
 
 
 def statistics_kernels():

@@ -38,10 +38,11 @@ def kernels(key_dim, value_dim, dtype):
         NORMALIZED_QUERY=True,
         NORMALIZED_KEY=True,
     )
-    yield (
-        Kernel("convolve_token", convolve_token, Launch(0, 0, warps, 1), constants),
-        {name: x for name, x in types.items() if name != "state"},
-    )
+    others = {name: x for name, x in types.items() if name != "state"}
+    for in_place in (False, True):
+        name = "convolve_token" + ("-in-place" if in_place else "")
+        known = dict(constants, IN_PLACE=in_place)
+        yield Kernel(name, convolve_token, Launch(0, 0, warps, 1), known), others
     constants = dict(MEMORIES=5, BLOCK=16, SHARED=True, MASKED=True)
     yield Kernel("spread_choices", spread_choices, Launch(0, 0, 1, 1), constants), types
     sizes, warps = step_constants(key_dim, value_dim)

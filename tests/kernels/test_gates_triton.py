@@ -35,7 +35,8 @@ def test_results_and_gradients(shape, dtype):
     expected = reference.decay_and_write_strength(*exact, xp=torch)
     for x, y in zip(results, expected):
         assert x.dtype == torch.float32
-        torch.testing.assert_close(x.double(), y, rtol=2e-6, atol=0)
+        # exp(x) is only good to x times the rounding of x, and x is up to 60.
+        torch.testing.assert_close(x.double(), y, rtol=60 * 2**-23, atol=0)
     random = torch.Generator().manual_seed(1)
     grads = [torch.randn(shape, generator=random).to(DEVICE) for _ in range(2)]
     actual = torch.autograd.grad(results, inputs, grads)

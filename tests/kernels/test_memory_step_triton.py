@@ -222,6 +222,21 @@ def test_in_place_equals_functional(case):
     assert torch.equal(same, output) and torch.equal(state, after)
 
 
+@pytest.mark.parametrize("history", (1, 3, 6))
+def test_a_window_in_place_equals_a_new_one(history):
+    case = Case("", K=20, V=150, history=history)
+    token, (_, kernels, window) = make_tokens(case)[0], make_state(case)
+    token["active"] = np.array([[True, False, True], [False, False, False]])
+    rows = [tensor(x) for x in token["projected"]]
+    kernels, window = [tensor(x) for x in kernels], tensor(window)
+    before, active = window.clone(), tensor(token["active"])
+    new = convolution_step(*rows, kernels, window, active, **case.how)
+    assert torch.equal(window, before)
+    same = convolution_step(*rows, kernels, window, active, **case.how, in_place=True)
+    assert same[3] is window
+    assert all(map(torch.equal, same, new))
+
+
 def test_batch_rows_and_runs_do_not_matter():
     case = Case("", B=3)
     token, (state, kernels, window) = make_tokens(case)[0], make_state(case)
@@ -253,7 +268,8 @@ def test_the_operators_keep_their_promises_to_torch():
         torch.library.opcheck(operator.default, (*arguments, *options))
     inputs = [tensor(x) for x in (*token["projected"], *kernels, window)]
     how = ([True, True, False], [True, False], 1, [0, 1], 1e-6)
-    torch.library.opcheck(operators.convolution_step.default, (*inputs, active, *how))
+    for operator in (operators.convolution_step, operators.convolution_step_in_place):
+        torch.library.opcheck(operator.default, (*inputs, active, *how))
     routing = (torch.ones(1, 1, device=DEVICE), active[:, :1], None, 2, True)
     torch.library.opcheck(operators.spread_routing.default, routing)
 
@@ -267,6 +283,11 @@ def test_what_no_kernel_serves_is_named():
     with pytest.raises(NotImplementedError, match="contiguous"):
         swapped = state.swapaxes(-1, -2)
         memory_step(**tensors, state=swapped, in_place=True)
+    with pytest.raises(NotImplementedError, match="window .* contiguous"):
+        rows, swapped = map(tensor, token["projected"]), tensor(window).swapaxes(-1, -2)
+        others = (swapped.contiguous().swapaxes(-1, -2), tensors["active"])
+        weights = [tensor(x) for x in kernels]
+        convolution_step(*rows, weights, *others, **case.how, in_place=True)
     needed = state.requires_grad_()
     with pytest.raises(NotImplementedError, match="no gradient"):
         memory_step(**tensors, state=needed)

@@ -8,7 +8,11 @@ from keras_mom_kernels.routing import reference
 
 pytest.importorskip("triton")
 
-from keras_mom_kernels.routing.torch import route, routing_statistics  # noqa: E402
+from keras_mom_kernels.routing.torch import (  # noqa: E402
+    project_and_route,
+    route,
+    routing_statistics,
+)
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -58,6 +62,66 @@ def test_gradients(batch, length, memories, top_k, of):
     # Of one memory, or all of them, some gradients are zero.
     scale = expected.norm().clamp(1e-2)
     assert ((actual - expected).norm() / scale).item() <= 1e-5
+
+
+PROJECTED = (
+    (2, 9, 24, 4, 2),
+    (1, 300, 130, 5, 3),
+    (3, 7, 16, 1, 1),
+    (1, 3, 257, 16, 4),
+)
+
+
+def draw_projected(batch, length, width, memories, dtype=torch.float32):
+    inputs = draw(batch, length, width).to(dtype)
+    kernel = draw(1, width, memories, 1)[0] * width**-0.5
+    return inputs.requires_grad_(), kernel.requires_grad_()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("batch, length, width, memories, top_k", PROJECTED)
+def test_projected_routing(batch, length, width, memories, top_k, dtype):
+    inputs = draw_projected(batch, length, width, memories, dtype)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    probabilities, weights, indices = project_and_route(*inputs, top_k)
+    all_of_them = (exact[0] @ exact[1]).softmax(-1)
+    expected = reference.route(all_of_them.detach().cpu().numpy(), top_k)
+    np.testing.assert_array_equal(indices.cpu(), expected.indices)
+    picked = all_of_them.gather(-1, indices.long())
+    wanted = all_of_them, picked / picked.sum(-1, keepdim=True)
+    for x, y in zip((probabilities, weights), wanted):
+        assert x.dtype == torch.float32
+        torch.testing.assert_close(x.double(), y, rtol=2e-6, atol=1e-9)
+    grads = draw(batch, length, memories, 2), draw(batch, length, top_k, 3)
+    actual = torch.autograd.grad((probabilities, weights), inputs, grads)
+    grads = [x.double() for x in grads]
+    rounding = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
+    limits = rounding, 1e-5
+    for x, y, limit in zip(actual, torch.autograd.grad(wanted, exact, grads), limits):
+        assert ((x - y).norm() / y.norm().clamp(1e-2)).item() <= limit
+
+
+def test_projected_tokens_do_not_depend_on_each_other():
+    inputs, kernel = draw_projected(2, 21, 130, 4)
+    together = project_and_route(inputs, kernel, 2)
+    for t in (0, 13, 20):
+        alone = project_and_route(inputs[1:, t : t + 1], kernel, 2)
+        assert all(torch.equal(x[1:, t : t + 1], y) for x, y in zip(together, alone))
+
+
+def test_the_projection_keeps_its_promises_to_torch():
+    operator = torch.ops.keras_mom_kernels.project_and_route.default
+    torch.library.opcheck(operator, (*draw_projected(2, 3, 5, 4), 2))
+
+
+def test_projections_no_kernel_serves():
+    inputs, kernel = draw_projected(1, 2, 8, 17)
+    with pytest.raises(NotImplementedError, match="17"):
+        project_and_route(inputs, kernel, 2)
+    with pytest.raises(NotImplementedError, match="float64"):
+        project_and_route(inputs.double(), kernel[:, :4], 2)
+    empty = project_and_route(inputs[:, :0], kernel[:, :4], 2)
+    assert [x.shape for x in empty] == [(1, 0, 4)] + [(1, 0, 2)] * 2
 
 
 def test_ties_go_to_the_lowest_index():

@@ -11,7 +11,7 @@ import triton
 
 from keras_mom_kernels.gates import triton_gates
 from keras_mom_kernels.memory_scan.torch import check_device
-from keras_mom_kernels.memory_scan.torch_launches import on
+from keras_mom_kernels.memory_scan.torch_launches import launch
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Elements of a tile, and the tiles of a program of the backward pass.
@@ -63,11 +63,6 @@ def launch_of(heads):
     return dict(H=heads, ROWS=max(1, _TILE // block), BLOCK_H=block)
 
 
-def _run(kernel, programs, first, *arguments, **known):
-    with on(first.device):
-        kernel[(programs,)](first, *arguments, **known, num_warps=4)
-
-
 @torch.library.custom_op("keras_mom_kernels::decay_and_write_strength", mutates_args=())
 def _forward(
     decay: torch.Tensor,
@@ -81,7 +76,7 @@ def _forward(
         rows, blocks = decay.numel() // heads, launch_of(heads)
         tensors = (decay, write_strength, dt_bias, a_log, log_decay, beta)
         programs = triton.cdiv(rows, blocks["ROWS"])
-        _run(triton_gates.gates, programs, *tensors, rows, **blocks)
+        launch(triton_gates.gates, (programs,), *tensors, rows, **blocks)
     return log_decay, beta
 
 
@@ -111,9 +106,9 @@ def _backward(
     grads = torch.empty_like(decay), torch.empty_like(write_strength)
     partials = dt_bias.new_empty((programs, 2, heads))
     if programs:
-        _run(
+        launch(
             triton_gates.gate_gradients,
-            programs,
+            (programs,),
             log_decay_grad,
             beta_grad,
             decay,

@@ -166,6 +166,12 @@ def on(device):
     return contextlib.nullcontext()
 
 
+def launch(kernel, grid, first, *others, warps=4, **constants):
+    """Runs a Triton kernel on the device of its first argument, a tensor."""
+    with on(first.device):
+        kernel[grid](first, *others, **constants, num_warps=warps)
+
+
 def _configuration(inputs, decay, exclusive):
     dtypes = {inputs.query.dtype, inputs.key.dtype, inputs.value.dtype}
     name = str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else "float32"

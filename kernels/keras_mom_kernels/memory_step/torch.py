@@ -97,6 +97,7 @@ def convolution_step(
     heads: int,
     set_of_memory: tuple[int, ...],
     epsilon: float = 1e-6,
+    in_place: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """A token's query, key and value in every memory, behind the short convolution.
 
@@ -114,6 +115,7 @@ def convolution_step(
         heads: H.
         set_of_memory: the projection set of each of the M memories.
         epsilon: of the normalization `x / sqrt(sum(x^2) + epsilon)`.
+        in_place: whether `window`, which is contiguous then, is updated and returned.
 
     Returns:
         Query, key and value `[B, M, H, K or V]`, of the dtypes of the inputs, and the
@@ -132,15 +134,20 @@ def convolution_step(
         raise ValueError("`kernels` and `window` are given together, or neither is")
     if window is not None:
         _check_state("window", window)
+    if in_place and (window is None or not window.is_contiguous()):
+        raise NotImplementedError("a window that is updated in place is contiguous")
     tensors = (query, key, value, *(kernels or [None] * 3), window, _integers(active))
-    *rows, moved = _convolve(
-        *(None if x is None else x.contiguous() for x in tensors),
+    tensors = [None if x is None else x.contiguous() for x in tensors]
+    options = (
         [activation == "silu" for activation in activations],
         [bool(x) for x in normalized],
         heads,
         list(set_of_memory),
         epsilon,
     )
+    if in_place:
+        return *_convolve_in_place(*tensors, *options), window
+    *rows, moved = _convolve(*tensors, *options)
     return *rows, None if kernels is None else moved
 
 
@@ -277,7 +284,41 @@ def _convolve(
         heads,
         set_of_memory,
         epsilon,
+        False,
     )
+
+
+@torch.library.custom_op(
+    "keras_mom_kernels::convolution_step_in_place", mutates_args=("window",)
+)
+def _convolve_in_place(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_kernel: torch.Tensor,
+    key_kernel: torch.Tensor,
+    value_kernel: torch.Tensor,
+    window: torch.Tensor,
+    active: torch.Tensor,
+    silu: list[bool],
+    normalized: list[bool],
+    heads: int,
+    set_of_memory: list[int],
+    epsilon: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    query, key, value, _ = launch_convolution(
+        (query, key, value),
+        (query_kernel, key_kernel, value_kernel),
+        window,
+        active,
+        silu,
+        normalized,
+        heads,
+        set_of_memory,
+        epsilon,
+        True,
+    )
+    return query, key, value
 
 
 @torch.library.custom_op("keras_mom_kernels::spread_routing", mutates_args=())
@@ -300,3 +341,9 @@ def _(weights, indices, mask, num_memories, shared):
 def _(query, key, value, *others):
     window, _, _, _, heads, set_of_memory, _ = others[3:]
     return new_rows((query, key, value), window, heads, set_of_memory)
+
+
+@_convolve_in_place.register_fake
+def _(query, key, value, *others):
+    heads, set_of_memory = others[7:9]
+    return new_rows((query, key, value), None, heads, set_of_memory)[:3]

@@ -92,6 +92,7 @@ def launch_convolution(
     heads,
     set_of_memory,
     epsilon,
+    in_place,
 ):
     """The rows in every memory, and the window behind the token.
 
@@ -100,8 +101,11 @@ def launch_convolution(
         kernels: of the three, each may be None.
         window, active, normalized, heads, set_of_memory, epsilon: as in the operation.
         silu: whether each of the three is activated.
+        in_place: whether the window is updated where it lies.
     """
-    outputs = new_rows(inputs, window, heads, set_of_memory)
+    outputs = new_rows(inputs, None if in_place else window, heads, set_of_memory)
+    if in_place:
+        outputs = (*outputs[:3], window)
     sizes, warps = convolution_constants(
         outputs[1].shape[-1],
         outputs[2].shape[-1],
@@ -115,6 +119,7 @@ def launch_convolution(
         VALUE_SILU=silu[2],
         NORMALIZED_QUERY=normalized[0],
         NORMALIZED_KEY=normalized[1],
+        IN_PLACE=in_place,
     )
     programs = active.shape[0] * len(set_of_memory) * 3 * heads
     arguments = (*inputs, *kernels, window, active, *outputs, heads, epsilon)

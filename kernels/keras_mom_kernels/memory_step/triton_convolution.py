@@ -35,11 +35,12 @@ def convolve_token(
     VALUE_SILU: tl.constexpr,
     NORMALIZED_QUERY: tl.constexpr,
     NORMALIZED_KEY: tl.constexpr,
+    IN_PLACE: tl.constexpr,
 ):
     """A program takes a head of the query, the key or the value of one memory.
 
     Grid: B * M * 3 * H. `SETS` is the projection set of each memory, and their number
-    last.
+    last. With IN_PLACE `new_window` is `window`.
     """
     program = tl.program_id(0)
     head = program % (3 * heads)
@@ -75,6 +76,7 @@ def convolve_token(
             CONVOLVED,
             QUERY_SILU,
             NORMALIZED_QUERY,
+            IN_PLACE,
         )
     elif head < 2 * heads:
         own = head - heads
@@ -97,6 +99,7 @@ def convolve_token(
             CONVOLVED,
             KEY_SILU,
             NORMALIZED_KEY,
+            IN_PLACE,
         )
     else:
         own = head - 2 * heads
@@ -120,6 +123,7 @@ def convolve_token(
             CONVOLVED,
             VALUE_SILU,
             False,
+            IN_PLACE,
         )
 
 
@@ -143,6 +147,7 @@ def step_head(
     CONVOLVED: tl.constexpr,
     SILU: tl.constexpr,
     NORMALIZED: tl.constexpr,
+    IN_PLACE: tl.constexpr,
 ):
     """A head's row and its columns of the window, from WIDTH columns of `x`.
 
@@ -172,6 +177,11 @@ def step_head(
         # A memory that takes the token moves its rows one up.
         moved = t_column - taken.to(tl.int32)
         kept = inside[None, :] & (moved >= 0) & (moved < HISTORY)
+        if IN_PLACE:
+            # No other program has these columns; all rows are read before one is
+            # written.
+            tl.debug_barrier()
+            kept = kept & (moved < tl.where(taken, HISTORY, 0))
         tl.store(new_window + start + moved * stride + lanes, tile, mask=kept)
     else:
         total = tl.load(x + lane, mask=used, other=0.0).to(tl.float32)

@@ -1,6 +1,6 @@
 """Routing and its statistics on torch through Triton kernels.
 
-    from keras_mom_kernels.routing.torch import route, routing_statistics
+    from keras_mom_kernels.routing.torch import project_and_route, routing_statistics
 
 Runs on NVIDIA GPUs from sm_80 on, and on AMD; on a CPU with `TRITON_INTERPRET=1`.
 Nothing is read back to the host.
@@ -11,9 +11,17 @@ from typing import NamedTuple
 import torch
 import triton
 
-from keras_mom_kernels.memory_scan.torch_launches import on
 from keras_mom_kernels.memory_scan.triton_common import INTERPRETED
-from keras_mom_kernels.routing import torch_statistics, triton_routing
+from keras_mom_kernels.routing import (
+    torch_projection,
+    torch_statistics,
+    triton_routing,
+)
+from keras_mom_kernels.routing.torch_projection import (
+    MOST_PROJECTED,
+    logits_gradient,
+    run,
+)
 
 
 def route(
@@ -41,6 +49,39 @@ def route(
     _check_served(logits, "logits")
     probabilities, weights, indices = _forward(logits.contiguous(), top_k)
     return probabilities, weights, indices
+
+
+def project_and_route(
+    inputs: torch.Tensor, kernel: torch.Tensor, top_k: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`route` for the logits `inputs @ kernel`, which are float32.
+
+    A token's results do not depend on how many there are. Differentiable in inputs
+    and kernel through probabilities and weights.
+
+    Source: arXiv 2502.13685, section 3.1.
+
+    Args:
+        inputs: float32, bfloat16 or float16 `[B, T, D]`.
+        kernel: float32 `[D, M]`, M up to 16.
+        top_k: k, 1 to M.
+
+    Returns:
+        As `route`.
+
+    Raises:
+        NotImplementedError: if the kernels cannot serve the call, with the reason.
+    """
+    _check_served(kernel, "kernels")
+    if inputs.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise NotImplementedError(f"no Triton kernel for {inputs.dtype}")
+    if kernel.shape[1] > MOST_PROJECTED:
+        raise NotImplementedError(
+            f"the Triton kernels project to up to {MOST_PROJECTED} memories, not "
+            f"{kernel.shape[1]}"
+        )
+    found = torch_projection.route(inputs.contiguous(), kernel.contiguous(), top_k)
+    return found[0], found[1], found[2]
 
 
 class RoutingStatistics(NamedTuple):
@@ -100,25 +141,6 @@ def _check_served(x, name):
         )
 
 
-def _run(kernel, tensors, top_k, **blocks):
-    batch, length, memories = tensors[0].shape
-    block = triton.next_power_of_2(memories)
-    tokens, of_program = batch * length, max(1, 512 // block)
-    if not tokens:
-        return
-    with on(tensors[0].device):
-        kernel[(triton.cdiv(tokens, of_program),)](
-            *tensors,
-            tokens,
-            M=memories,
-            TOP_K=top_k,
-            TOKENS=of_program,
-            BLOCK_M=block,
-            **blocks,
-            num_warps=4,
-        )
-
-
 @torch.library.custom_op("keras_mom_kernels::route", mutates_args=())
 def _forward(
     logits: torch.Tensor, top_k: int
@@ -126,7 +148,7 @@ def _forward(
     probabilities, weights, indices = _empty(logits, top_k)
     tensors = (logits, probabilities, weights, indices)
     block = triton.next_power_of_2(top_k)
-    _run(triton_routing.route, tensors, top_k, BLOCK_K=block)
+    run(triton_routing.route, tensors, top_k, BLOCK_K=block)
     return probabilities, weights, indices
 
 
@@ -140,25 +162,6 @@ def _empty(logits, top_k):
 _forward.register_fake(_empty)
 
 
-@torch.library.custom_op("keras_mom_kernels::route_backward", mutates_args=())
-def _backward(
-    probabilities_grad: torch.Tensor,
-    weights_grad: torch.Tensor,
-    probabilities: torch.Tensor,
-    indices: torch.Tensor,
-) -> torch.Tensor:
-    logits_grad = torch.empty_like(probabilities)
-    grads = (probabilities_grad, weights_grad)
-    tensors = (*grads, probabilities, indices, logits_grad)
-    _run(triton_routing.route_gradients, tensors, indices.shape[-1])
-    return logits_grad
-
-
-@_backward.register_fake
-def _(probabilities_grad, weights_grad, probabilities, indices):
-    return torch.empty_like(probabilities)
-
-
 def _setup_context(ctx, inputs, output):
     probabilities, _, indices = output
     ctx.mark_non_differentiable(indices)
@@ -167,7 +170,7 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd_backward(ctx, probabilities_grad, weights_grad, _):
     grads = probabilities_grad.contiguous(), weights_grad.contiguous()
-    return _backward(*grads, *ctx.saved_tensors), None
+    return logits_gradient(*grads, *ctx.saved_tensors), None
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)

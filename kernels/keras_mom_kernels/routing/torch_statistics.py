@@ -6,7 +6,7 @@ Used by `keras_mom_kernels.routing.torch`.
 import torch
 import triton
 
-from keras_mom_kernels.memory_scan.torch_launches import on
+from keras_mom_kernels.memory_scan.torch_launches import launch
 from keras_mom_kernels.routing import triton_statistics
 
 # Elements of a tile, tokens that one program sums, and the most programs.
@@ -24,11 +24,6 @@ def launch_of(tokens, memories):
     return programs, steps, dict(TOKENS=of_tile, BLOCK_M=block)
 
 
-def _run(kernel, programs, first, *arguments, **known):
-    with on(first.device):
-        kernel[(programs,)](first, *arguments, **known, num_warps=4)
-
-
 @torch.library.custom_op("keras_mom_kernels::routing_statistics", mutates_args=())
 def statistics(
     probabilities: torch.Tensor, indices: torch.Tensor, mask: torch.Tensor | None
@@ -42,9 +37,9 @@ def statistics(
     if programs > 1:
         partials = probabilities.new_empty((programs, 2 * memories + 2))
     sizes = dict(M=memories, TOP_K=top_k)
-    _run(
+    launch(
         triton_statistics.sum_tokens,
-        programs,
+        (programs,),
         probabilities,
         indices,
         mask,
@@ -60,7 +55,7 @@ def statistics(
     if programs > 1:
         rows = dict(BLOCK_M=blocks["BLOCK_M"], ROWS=min(16, blocks["TOKENS"]))
         arguments = (partials, *found, programs)
-        _run(triton_statistics.add_partials, 1, *arguments, **sizes, **rows)
+        launch(triton_statistics.add_partials, (1,), *arguments, **sizes, **rows)
     return found
 
 
@@ -86,9 +81,9 @@ def _backward(
     _, _, blocks = launch_of(batch * length, memories)
     programs = triton.cdiv(batch * length, blocks["TOKENS"])
     if programs:
-        _run(
+        launch(
             triton_statistics.statistics_gradients,
-            programs,
+            (programs,),
             probabilities,
             entropy_grad,
             loss_grad,

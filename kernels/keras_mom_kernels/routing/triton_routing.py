@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from keras_mom_kernels.memory_scan.triton_common import store_rows
+
 
 @triton.jit
 def row_places(tokens, M: tl.constexpr, TOKENS: tl.constexpr, BLOCK_M: tl.constexpr):
@@ -14,8 +16,45 @@ def row_places(tokens, M: tl.constexpr, TOKENS: tl.constexpr, BLOCK_M: tl.conste
 
 
 @triton.jit
-def route(
+def project_tokens(
+    x,
+    kernel,
+    tokens,
+    WIDTH: tl.constexpr,
+    M: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """float32 logits `[TOKENS, BLOCK_M]`: `x` `[tokens, WIDTH]` by `[WIDTH, M]`."""
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    channel = tl.arange(0, BLOCK_D)
+    memory = tl.arange(0, BLOCK_M)[None, :]
+    sums = ()
+    for _ in tl.static_range(M):
+        sums += (tl.zeros((TOKENS, BLOCK_D), tl.float32),)
+    for start in range(0, WIDTH, BLOCK_D):
+        inside = start + channel < WIDTH
+        places = (token * WIDTH)[:, None] + (start + channel)[None, :]
+        mask = (token < tokens)[:, None] & inside[None, :]
+        tile = tl.load(x + places, mask=mask, other=0.0).to(tl.float32)
+        added = ()
+        for m in tl.static_range(M):
+            place = kernel + (start + channel) * M + m
+            column = tl.load(place, mask=inside, other=0.0)
+            added += (sums[m] + tile * column[None, :],)
+        sums = added
+    logits = tl.zeros((TOKENS, BLOCK_M), tl.float32)
+    for m in tl.static_range(M):
+        of_memory = tl.sum(sums[m], axis=1)[:, None]
+        logits = tl.where(memory == m, of_memory, logits)
+    return tl.where(memory < M, logits, float("-inf"))
+
+
+@triton.jit
+def choose(
     logits,
+    mask,
     probabilities,
     weights,
     indices,
@@ -26,15 +65,14 @@ def route(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Softmax, the TOP_K largest in order, and their shares of their sum."""
-    offsets, mask = row_places(tokens, M, TOKENS, BLOCK_M)
+    """Stores softmax, the TOP_K largest in order, and their shares of their sum."""
+    offsets, inside = row_places(tokens, M, TOKENS, BLOCK_M)
     memory = tl.arange(0, BLOCK_M)[None, :]
-    x = tl.load(logits + offsets, mask=mask, other=float("-inf"))
     # Tokens behind the last one would give infinities' differences.
-    x = tl.where(mask | (memory >= M), x, 0.0)
+    x = tl.where(mask | (memory >= M), logits, 0.0)
     exponential = tl.exp(x - tl.max(x, axis=1)[:, None])
     p = tl.div_rn(exponential, tl.sum(exponential, axis=1)[:, None])
-    tl.store(probabilities + offsets, p, mask=mask)
+    tl.store(probabilities + offsets, p, mask=inside)
 
     # What is no number comes behind all numbers, what is taken behind that, and
     # columns that are no memory last.
@@ -52,11 +90,120 @@ def route(
         rest = tl.where(here, -2.0, rest)
         picked = tl.where(slot == j, value[:, None], picked)
         chosen = tl.where(slot == j, index[:, None], chosen)
-    offsets, mask = row_places(tokens, TOP_K, TOKENS, BLOCK_K)
+    offsets, inside = row_places(tokens, TOP_K, TOKENS, BLOCK_K)
     # Rounded to nearest, so that a single weight is 1.
     share = tl.div_rn(picked, tl.sum(picked, axis=1)[:, None])
-    tl.store(weights + offsets, share, mask=mask)
-    tl.store(indices + offsets, chosen, mask=mask)
+    tl.store(weights + offsets, share, mask=inside)
+    tl.store(indices + offsets, chosen, mask=inside)
+
+
+@triton.jit
+def route(
+    logits,
+    probabilities,
+    weights,
+    indices,
+    tokens,
+    M: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """`choose` for logits `[tokens, M]`."""
+    offsets, mask = row_places(tokens, M, TOKENS, BLOCK_M)
+    x = tl.load(logits + offsets, mask=mask, other=float("-inf"))
+    choose(
+        x,
+        mask,
+        probabilities,
+        weights,
+        indices,
+        tokens,
+        M,
+        TOP_K,
+        TOKENS,
+        BLOCK_M,
+        BLOCK_K,
+    )
+
+
+@triton.jit
+def route_projected(
+    x,
+    kernel,
+    probabilities,
+    weights,
+    indices,
+    tokens,
+    WIDTH: tl.constexpr,
+    M: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """`choose` for the products of tokens `[tokens, WIDTH]` and a kernel."""
+    logits = project_tokens(x, kernel, tokens, WIDTH, M, TOKENS, BLOCK_M, BLOCK_D)
+    _, mask = row_places(tokens, M, TOKENS, BLOCK_M)
+    choose(
+        logits,
+        mask,
+        probabilities,
+        weights,
+        indices,
+        tokens,
+        M,
+        TOP_K,
+        TOKENS,
+        BLOCK_M,
+        BLOCK_K,
+    )
+
+
+@triton.jit
+def projection_gradients(
+    logits_grad,
+    x,
+    kernel,
+    x_grad,
+    partials,
+    tokens,
+    WIDTH: tl.constexpr,
+    M: tl.constexpr,
+    TOKENS: tl.constexpr,
+    STEPS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Gradients of the tokens, and shares of the kernel's, `[programs, WIDTH, M]`.
+
+    A program takes STEPS times TOKENS tokens, and BLOCK_D channels.
+    """
+    channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = channel < WIDTH
+    shares = ()
+    for _ in tl.static_range(M):
+        shares += (tl.zeros((TOKENS, BLOCK_D), tl.float32),)
+    begin = tl.program_id(0).to(tl.int64) * (TOKENS * STEPS)
+    for step in range(STEPS):
+        token = begin + step * TOKENS + tl.arange(0, TOKENS)
+        valid = token < tokens
+        places = (token * WIDTH)[:, None] + channel[None, :]
+        mask = valid[:, None] & inside[None, :]
+        tile = tl.load(x + places, mask=mask, other=0.0).to(tl.float32)
+        grad = tl.zeros((TOKENS, BLOCK_D), tl.float32)
+        added = ()
+        for m in tl.static_range(M):
+            own = tl.load(logits_grad + token * M + m, mask=valid, other=0.0)
+            column = tl.load(kernel + channel * M + m, mask=inside, other=0.0)
+            grad += own[:, None] * column[None, :]
+            added += (shares[m] + own[:, None] * tile,)
+        shares = added
+        store_rows(x_grad, places, mask, grad)
+    partials += tl.program_id(0).to(tl.int64) * (WIDTH * M)
+    for m in tl.static_range(M):
+        tl.store(partials + channel * M + m, tl.sum(shares[m], axis=0), mask=inside)
 
 
 @triton.jit
