@@ -5,6 +5,7 @@ host takes to launch it.
 """
 
 import functools
+import gc
 import os
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
@@ -48,6 +49,12 @@ def language_model(depth=DEPTH, dtype="bfloat16", batch=None):
         x = x + layers.Dense(WIDTH, **dense)(inner)
     x = layers.RMSNormalization(dtype=dtype)(x)
     return keras.Model(tokens, embedding(x, reverse=True))
+
+
+def release():
+    """Gives back the memory of models that nobody holds any more."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def random_tokens(*shape):
@@ -145,8 +152,8 @@ def time_training(depth=DEPTH):
 
     graph, _ = captured(step)
     time = median(graph.replay, 1000)
-    del graph
-    torch.cuda.empty_cache()
+    del graph, _
+    release()
     torch.cuda.reset_peak_memory_stats()
     eager = median(step, 1000)
     peak = torch.cuda.max_memory_allocated() / 2**30
@@ -198,6 +205,8 @@ def time_decoding(depth=DEPTH, batches=(1, 32, 256)):
         )
         if batch in (batches[0], batches[-1]):
             profile_graph(graph)
+        del model, step, graph, _
+        release()
     return times
 
 
@@ -211,6 +220,7 @@ def run_model():
     check_decoding()
     times = time_decoding()
     step = time_training()
+    release()
     time_peer_model(step, times[1])
 
 
