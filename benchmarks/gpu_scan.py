@@ -81,24 +81,41 @@ def packed_scan(**packing):
     return lambda **inputs: memory_scan(**inputs, **packing)[0]
 
 
+class Times(NamedTuple):
+    """Milliseconds forward, and forward and backward.
+
+    Attributes:
+        ahead, total: from launch to launch, as the host launches them.
+        ahead_kernels, total_kernels: sum of the kernels' own times.
+        memory: MiB beside the inputs, forward and backward.
+    """
+
+    ahead: float
+    total: float
+    ahead_kernels: float
+    total_kernels: float
+    memory: float
+
+
 def measure(function, inputs):
-    """Milliseconds forward, and forward and backward; MiB beside the inputs."""
+    """`Times` of a scan."""
     leaves = [x.detach().requires_grad_() for x in inputs.values()]
     named = dict(zip(inputs, leaves))
-    with torch.no_grad():
-        out = function(**named)
-        cotangent = torch.randn_like(out)
-        ahead = triton.testing.do_bench(
-            lambda: function(**named), warmup=50, rep=200, return_mode="median"
-        )
-    del out
+
+    @torch.no_grad()
+    def forward():
+        return function(**named)
+
+    cotangent = torch.randn_like(forward())
 
     def both():
         for leaf in leaves:
             leaf.grad = None
         function(**named).backward(cotangent)
 
-    total = triton.testing.do_bench(both, warmup=50, rep=200, return_mode="median")
+    options = dict(warmup=50, rep=200, return_mode="median")
+    ahead, total = (triton.testing.do_bench(x, **options) for x in (forward, both))
+    kernels = kernel_time(forward), kernel_time(both)
     for leaf in leaves:
         leaf.grad = None
     torch.cuda.synchronize()
@@ -107,27 +124,42 @@ def measure(function, inputs):
     both()
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before
-    return ahead, total, peak / 2**20
+    return Times(ahead, total, *kernels, peak / 2**20)
 
 
-def report(name, shape, result, peers):
+def kernel_time(function, repeats=10):
+    """Milliseconds of a call's kernels."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(repeats):
+            function()
+        torch.cuda.synchronize()
+    total = sum(event.device_time_total for event in profile.key_averages())
+    return total / repeats / 1e3
+
+
+def report(name, shape, times, peers):
     """Prints a measurement, and its ratios to those of the peers."""
-    ahead, total, memory = result
     rows = sum(shape.lengths) * shape.heads
     products = 3 * shape.key_dim * shape.value_dim
     products += 128 * (shape.key_dim + shape.value_dim)
     flops = 2 * rows * products
     moved = 4 * rows * (shape.key_dim + shape.value_dim)
-    ratios = "".join(
-        f"  of {peer}: {ahead / other[0]:.2f} {total / other[1]:.2f}"
-        for peer, other in peers.items()
-    )
+    ahead, total = times.ahead_kernels, times.total_kernels
     print(
-        f"{name:24} forward {ahead:6.3f} ms ({flops / ahead / 1e9:4.0f} TFLOP/s, "
-        f"{moved / ahead / 1e9:4.2f} TB/s)  with backward {total:6.3f} ms "
-        f"({3 * flops / total / 1e9:4.0f} TFLOP/s)  extra {memory:5.0f} MiB{ratios}",
+        f"{name:24} forward {times.ahead:6.3f} ms, with backward {times.total:6.3f} "
+        f"ms; kernels {ahead:6.3f} ms ({flops / ahead / 1e9:4.0f} TFLOP/s, "
+        f"{moved / ahead / 1e9:4.2f} TB/s) and {total:6.3f} ms "
+        f"({3 * flops / total / 1e9:4.0f} TFLOP/s); extra {times.memory:5.0f} MiB",
         flush=True,
     )
+    for peer, other in peers.items():
+        ratios = [x / y for x, y in zip(times, other)]
+        print(
+            f"{'':24} of {peer}: {ratios[0]:.2f} and {ratios[1]:.2f}; kernels "
+            f"{ratios[2]:.2f} and {ratios[3]:.2f}; memory {ratios[4]:.2f}",
+            flush=True,
+        )
 
 
 def run_timings(names=()):

@@ -58,12 +58,13 @@ def routing_kernels():
     types |= dict.fromkeys(("kernel", "partials"), "*fp32")
     types |= dict.fromkeys(("x", "x_grad"), "*bf16")
     sizes = dict(M=4, TOP_K=2, TOKENS=128, BLOCK_M=4, BLOCK_K=2)
-    projected = projection_sizes(1024, 4, 2) | dict(STEPS=32)
+    projected = projection_sizes(1024, 4, 2)
+    gradients = dict(WIDTH=1024, M=4, TOKENS=8, STEPS=32, BLOCK_D=128)
     functions = {
         triton_routing.route: sizes,
         triton_routing.route_gradients: sizes,
         triton_routing.route_projected: projected,
-        triton_routing.projection_gradients: projected,
+        triton_routing.projection_gradients: gradients,
     }
     launch = Launch(0, 0, 4, 3)
     return [Kernel(x.__name__, x, launch, y) for x, y in functions.items()], types

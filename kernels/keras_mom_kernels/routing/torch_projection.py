@@ -11,8 +11,10 @@ from keras_mom_kernels.routing import triton_routing
 
 # Memories whose sums a program keeps in registers.
 MOST_PROJECTED = 16
-# Tokens and channels of a tile, and the tiles of a program of the backward pass.
-_BLOCKS = dict(TOKENS=8, BLOCK_D=128)
+# Tokens and channels of a tile; wide ones, as a single token waits for each.
+_FORWARD = dict(TOKENS=4, BLOCK_D=256)
+_BACKWARD = dict(TOKENS=8, BLOCK_D=128)
+# Tiles of a program of the backward pass.
 _STEPS = 32
 
 
@@ -55,7 +57,7 @@ def route(
     found = _empty(inputs, kernel, top_k)
     batch, length, width = inputs.shape
     memories = kernel.shape[1]
-    programs = triton.cdiv(batch * length, _BLOCKS["TOKENS"])
+    programs = triton.cdiv(batch * length, _FORWARD["TOKENS"])
     if programs:
         sizes = projection_sizes(width, memories, top_k)
         arguments = (inputs, kernel, *found, batch * length)
@@ -66,7 +68,7 @@ def route(
 def projection_sizes(width, memories, top_k):
     """Sizes of a tile of `route_projected`."""
     blocks = triton.next_power_of_2(memories), triton.next_power_of_2(top_k)
-    sizes = dict(WIDTH=width, M=memories, TOP_K=top_k, **_BLOCKS)
+    sizes = dict(WIDTH=width, M=memories, TOP_K=top_k, **_FORWARD)
     return sizes | dict(BLOCK_M=blocks[0], BLOCK_K=blocks[1])
 
 
@@ -88,13 +90,13 @@ def _projection_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, length, width = inputs.shape
     memories = kernel.shape[1]
-    programs = triton.cdiv(batch * length, _BLOCKS["TOKENS"] * _STEPS)
+    programs = triton.cdiv(batch * length, _BACKWARD["TOKENS"] * _STEPS)
     inputs_grad = torch.empty_like(inputs)
     partials = kernel.new_empty((programs, width, memories))
     if programs:
         launch(
             triton_routing.projection_gradients,
-            (programs, triton.cdiv(width, _BLOCKS["BLOCK_D"])),
+            (programs, triton.cdiv(width, _BACKWARD["BLOCK_D"])),
             logits_grad,
             inputs,
             kernel,
@@ -104,7 +106,7 @@ def _projection_backward(
             WIDTH=width,
             M=memories,
             STEPS=_STEPS,
-            **_BLOCKS,
+            **_BACKWARD,
         )
     return inputs_grad, partials.sum(0)
 

@@ -128,7 +128,7 @@ def route(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def route_projected(
     x,
     kernel,
