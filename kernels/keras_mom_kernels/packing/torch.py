@@ -102,7 +102,7 @@ def _tables(
 ) -> list[torch.Tensor]:
     tables = _empty(indices, mask, num_memories, shared, history, chunk_size, chunks)
     batch, length, top_k = indices.shape
-    memories, rows = num_memories + shared, chunks * chunk_size
+    memories, rows = num_memories + int(shared), chunks * chunk_size
     # Blocks of up to 1024 tokens, and tiles of up to 2048 entries.
     block = min(1024, max(16, triton.next_power_of_2(length)))
     block_m = triton.next_power_of_2(memories + 1)
@@ -142,10 +142,10 @@ def _run(kernel, programs, arguments, **known):
 def _empty(indices, mask, num_memories, shared, history, chunk_size, chunks):
     """The tables of a call, not filled in."""
     batch, length, top_k = indices.shape
-    memories, rows = num_memories + shared, chunks * chunk_size
+    memories, rows = num_memories + int(shared), chunks * chunk_size
     tables = Tables(
         position=indices.new_empty((batch, length, memories)),
-        targets=indices.new_empty((batch, length, top_k + shared)),
+        targets=indices.new_empty((batch, length, top_k + int(shared))),
         slot=indices.new_empty((batch, rows)),
         token=indices.new_empty((batch, rows)),
         memory=indices.new_empty((batch, rows)),
