@@ -1,5 +1,7 @@
 """Compiles the Triton kernels around the scan for a GPU that need not be there."""
 
+import sys
+
 from offline import Kernel, compiled, resources
 
 from keras_mom_kernels.gates import triton_gates
@@ -116,20 +118,26 @@ def gate_kernels():
     return [Kernel(x.__name__, x, launch, known) for x in functions], types
 
 
-def report(found, types):
-    """Prints name, registers and stack of each kernel, a line each."""
+def report(target, arch, found, types):
+    """Prints each kernel's name; for an NVIDIA GPU registers and stack too."""
     types = {**types, **dict.fromkeys(_INTEGERS, "i32")}
     for kernel in found:
-        used = resources(compiled(kernel, types))
-        print(kernel.name, used.registers, used.stack, flush=True)
+        binary = compiled(kernel, types, target, arch)
+        line = kernel.name
+        if target == "cuda":
+            used = resources(binary)
+            line += f" {used.registers} {used.stack}"
+        print(line, flush=True)
 
 
 if __name__ == "__main__":
-    report(*mixing_kernels(BENCHMARK))
+    target, arch = sys.argv[1:]
+    chip = target, int(arch) if target == "cuda" else arch
+    report(*chip, *mixing_kernels(BENCHMARK))
     # The most registers: many rows a token, in float32.
     most = BENCHMARK._replace(name="most-rows", k=8, dtype="float32")
-    report(*mixing_kernels(most))
-    report(*routing_kernels())
-    report(*statistics_kernels())
-    report(*gate_kernels())
-    report(*packing_kernels())
+    report(*chip, *mixing_kernels(most))
+    report(*chip, *routing_kernels())
+    report(*chip, *statistics_kernels())
+    report(*chip, *gate_kernels())
+    report(*chip, *packing_kernels())

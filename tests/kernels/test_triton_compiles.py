@@ -38,15 +38,24 @@ def test_mom_shape_on_hopper_spills_few_registers():
 
 
 def test_kernels_around_the_scan_spill_no_register():
-    lines = report(script="offline_layer.py")
+    lines = report("cuda", 90, script="offline_layer.py")
     assert len(lines) == 17
     for name, registers, stack in lines:
         assert int(stack) == 0, (name, registers, stack)
 
 
 @pytest.mark.parametrize("target, arch", (("cuda", 80), ("hip", "gfx942")))
-def test_other_chips(target, arch):
-    assert len(report(target, arch, 64, 64, "bfloat16", "head")) == 13
+@pytest.mark.parametrize(
+    "script, arguments, count",
+    (
+        ("offline.py", (64, 64, "bfloat16", "head"), 13),
+        ("offline_convolution.py", (1024, 8, "bfloat16"), 3),
+        ("offline_layer.py", (), 17),
+        ("offline_step.py", (128, 128, "bfloat16"), 9),
+    ),
+)
+def test_other_chips(target, arch, script, arguments, count):
+    assert len(report(target, arch, *arguments, script=script)) == count
 
 
 def test_a_single_token_on_hopper_spills_no_register():
