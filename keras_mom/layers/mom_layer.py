@@ -266,6 +266,7 @@ class MoMLayer(StateMixin, ProjectionsMixin, keras.layers.Layer):
             initializer="zeros",
             dtype="float32",
             trainable=False,
+            aggregation="mean",
             name="routing_share",
         )
         self.router_entropy = self.add_weight(
@@ -273,6 +274,7 @@ class MoMLayer(StateMixin, ProjectionsMixin, keras.layers.Layer):
             initializer="zeros",
             dtype="float32",
             trainable=False,
+            aggregation="mean",
             name="router_entropy",
         )
         if self.stateful:

@@ -10,7 +10,8 @@ from keras import ops
 def constant(value, dtype):
     """A scalar tensor."""
     zero = ops.zeros((), dtype)
-    return zero + value if value else zero
+    # A symbolic number has no truth value.
+    return zero if isinstance(value, (int, float)) and value == 0 else zero + value
 
 
 def select(condition, x, value):
