@@ -3,19 +3,58 @@
 import keras
 import numpy as np
 import pytest
+from agreement import assert_values_and_gradients
 from contracts.memory_scan import (
     EVERY_RULE,
     MemoryScanContract,
     inputs_of,
+    scan,
 )
+from gradients import evaluate, value_and_grad
 from keras import ops
 
 from keras_mom import backend
 from keras_mom.ops import dispatch, memory_scan
 
+if keras.backend.backend() == "tensorflow":
+    import tensorflow as tf
 
-class TestPortable(MemoryScanContract):
-    implementation = "portable"
+    class TestXla(MemoryScanContract):
+        implementation = "xla"
+
+    def eager_value_and_grad(function, inputs, cotangents):
+        """`gradients.value_and_grad` without a graph around."""
+        tensors = {name: tf.constant(x) for name, x in inputs.items()}
+        floats = {name: x for name, x in tensors.items() if x.dtype.is_floating}
+        with tf.GradientTape() as tape:
+            tape.watch(floats)
+            outputs = function(**tensors)
+        grads = tape.gradient(outputs, floats, cotangents)
+        return [x.numpy() for x in outputs], {n: x.numpy() for n, x in grads.items()}
+
+    @pytest.mark.parametrize(
+        "rule, packed",
+        (
+            (("head", "delta", False), True),
+            (("channel", "delta", True), False),
+            (("value", "additive", False), True),
+        ),
+    )
+    def test_eager_calls_are_those_of_the_portable_form(rule, packed):
+        sizes = dict(B=1, cu_seqlens=(0, 0, 1, 66, 70)) if packed else {}
+        inputs = inputs_of(rule, T=70, **sizes)
+        outputs = evaluate(scan("portable", rule), inputs)
+        random = np.random.default_rng(0)
+        cotangents = [random.normal(size=x.shape).astype("float32") for x in outputs]
+        expected = value_and_grad(scan("portable", rule), inputs, cotangents)
+        actual = eager_value_and_grad(scan("xla", rule), inputs, cotangents)
+        names = ("output", "state")
+        assert_values_and_gradients(actual, expected, "float32", names)
+
+else:
+
+    class TestPortable(MemoryScanContract):
+        implementation = "portable"
 
 
 # Bad input: each error names the argument.

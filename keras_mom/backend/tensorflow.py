@@ -1,44 +1,15 @@
 """Loops, hand-written gradients and device facts on TensorFlow."""
 
-import contextlib
 from typing import Any
 
 import tensorflow as tf
 
+from keras_mom_kernels.memory_scan import tensorflow_arrays
 
-def scan(step, carry, length, num_outputs, reverse=False):
-    """See `keras_mom.backend`."""
-    arrays = tuple(tf.TensorArray(carry.dtype, size=length) for _ in range(num_outputs))
-
-    def body(index, carry, arrays):
-        position = length - 1 - index if reverse else index
-        carry, outputs = step(carry, position)
-        arrays = tuple(a.write(position, o) for a, o in zip(arrays, outputs))
-        return index + 1, carry, arrays
-
-    _, carry, arrays = tf.while_loop(
-        lambda index, *_: index < length,
-        body,
-        (tf.constant(0), carry, arrays),
-        maximum_iterations=length,
-    )
-    return carry, tuple(_joined(array.stack()) for array in arrays)
-
-
-def _joined(x):
-    """`[length, B, n, ...]` to `[B, length * n, ...]`."""
-    x = tf.transpose(x, (1, 0, *range(2, len(x.shape))))
-    shape = tf.shape(x)
-    joined = tf.reshape(
-        x, tf.concat([shape[:1], shape[1:2] * shape[2:3], shape[3:]], 0)
-    )
-    batch, length, count, *rest = x.shape
-    if length is not None and count is not None:
-        count = length * count
-    else:
-        count = None
-    joined.set_shape([batch, count, *rest])
-    return joined
+# One loop, one inverse, for Keras' array functions and TensorFlow's.
+scan = tensorflow_arrays.scan
+full_precision = tensorflow_arrays.full_precision
+unit_lower_inverse = tensorflow_arrays.unit_lower_inverse
 
 
 class Differentiable:
@@ -77,11 +48,6 @@ def compiled(function):
     return function
 
 
-def full_precision():
-    """Context in which a float32 product is not rounded; TensorFlow has none."""
-    return contextlib.nullcontext()
-
-
 def accelerator():
     """`"gpu"` or `"tpu"`; None on a CPU."""
     for kind in ("GPU", "TPU"):
@@ -103,7 +69,3 @@ def overwrites_variables():
 def block_elements():
     """See `keras_mom.backend`. XLA makes one pass of what is written as several."""
     return None
-
-
-# XLA's triangular solve is slow on a CPU, and slower to differentiate.
-unit_lower_inverse = None

@@ -5,9 +5,11 @@ import pytest
 from agreement import assert_close
 from keras import ops
 
-from keras_mom.ops import chunk_math
+from keras_mom.ops.arrays import ARRAYS
+from keras_mom_kernels.memory_scan.chunk_algebra import ChunkAlgebra, CumulativeDecay
 
 array = ops.convert_to_numpy
+algebra = ChunkAlgebra(ARRAYS)
 
 
 @pytest.mark.parametrize("size", [1, 2, 8, 64])
@@ -20,22 +22,20 @@ def test_inverse(size, correlation):
     keys /= np.linalg.norm(keys, axis=-1, keepdims=True)
     strict = np.tril(keys @ keys.swapaxes(1, 2), -1).astype("float32")
     expected = np.linalg.inv(np.eye(size) + strict.astype("float64"))
-    actual = array(chunk_math.unit_lower_inverse(ops.convert_to_tensor(strict)))
+    actual = array(algebra.unit_lower_inverse(ops.convert_to_tensor(strict)))
     assert_close(actual, expected, 1e-5, "inverse")
 
 
 def test_differences_of_sums_keep_their_digits():
     log_decay = np.array([-20.0] * 32 + [-1e-3] * 32, "float32")
-    total = chunk_math.CumulativeDecay.of(log_decay, axis=0)
+    total = CumulativeDecay.of(ARRAYS, log_decay, axis=0)
     actual = array(total.map(lambda x: x[-1]).minus(total.map(lambda x: x[32])))
     assert_close(actual, 31 * float(np.float32(-1e-3)), 1e-5, "difference")
 
 
 def test_shift_down():
     x = np.arange(6, dtype="float32").reshape(1, 3, 2)
-    assert array(chunk_math.shift_down(x, axis=1)).tolist() == [
-        [[0, 0], [0, 1], [2, 3]]
-    ]
+    assert array(algebra.shift_down(x, axis=1)).tolist() == [[[0, 0], [0, 1], [2, 3]]]
 
 
 @pytest.mark.parametrize("inclusive", [False, True])
@@ -49,8 +49,8 @@ def test_channel_pairs(inclusive, strength):
     for t in range(16):
         for j in range(t + inclusive):
             expected[t, j] = (left[t] * right[j] * np.exp(total[t] - total[j])).sum()
-    decay = chunk_math.CumulativeDecay.of(log_decay, axis=0)
-    actual = chunk_math.channel_pairs(
+    decay = CumulativeDecay.of(ARRAYS, log_decay, axis=0)
+    actual = algebra.channel_pairs(
         ops.convert_to_tensor(left),
         ops.convert_to_tensor(right),
         decay,
