@@ -138,8 +138,8 @@ def kernel_time(function, repeats=10):
     return total / repeats / 1e3
 
 
-def report(name, shape, times, peers):
-    """Prints a measurement, and its ratios to those of the peers."""
+def report(name, shape, times):
+    """Prints a measurement."""
     rows = sum(shape.lengths) * shape.heads
     products = 3 * shape.key_dim * shape.value_dim
     products += 128 * (shape.key_dim + shape.value_dim)
@@ -153,13 +153,16 @@ def report(name, shape, times, peers):
         f"({3 * flops / total / 1e9:4.0f} TFLOP/s); extra {times.memory:5.0f} MiB",
         flush=True,
     )
-    for peer, other in peers.items():
-        ratios = [x / y for x, y in zip(times, other)]
-        print(
-            f"{'':24} of {peer}: {ratios[0]:.2f} and {ratios[1]:.2f}; kernels "
-            f"{ratios[2]:.2f} and {ratios[3]:.2f}; memory {ratios[4]:.2f}",
-            flush=True,
-        )
+
+
+def compare(name, times, peer, other):
+    """Prints the ratios of a measurement to a peer's."""
+    ratios = [x / y for x, y in zip(times, other)]
+    print(
+        f"{'':24} {name} takes {ratios[0]:.2f} and {ratios[1]:.2f} of {peer}; kernels "
+        f"{ratios[2]:.2f} and {ratios[3]:.2f}; memory {ratios[4]:.2f}",
+        flush=True,
+    )
 
 
 def run_timings(names=()):
@@ -176,25 +179,27 @@ def time_shape(name, shape):
     packed_scan(cu_seqlens=borders)(**inputs)
     torch.cuda.synchronize()
     cold = time.time() - started
-    peers = {}
+    ours = {name: measure(packed_scan(cu_seqlens=borders), inputs)}
+    if len(shape.lengths) > 1:
+        padded, offsets = aligned(shape, inputs)
+        scan = packed_scan(chunk_offsets=offsets)
+        ours[f"{name}, aligned"] = measure(scan, padded)
+    for form, times in ours.items():
+        report(form, shape, times)
+    print(f"{'':24} first forward call {cold:.1f} s", flush=True)
     for peer, scan in gpu_peers.scans(shape).items():
 
         def run(scan=scan, **inputs):
             return scan(**inputs, borders=borders)
 
         try:
-            peers[peer] = measure(run, inputs)
+            found = measure(run, inputs)
         except Exception as error:
             print(f"{name}, {peer}: {type(error).__name__}: {str(error)[:300]}")
             continue
-        report(f"{name}, {peer}", shape, peers[peer], {})
-    result = measure(packed_scan(cu_seqlens=borders), inputs)
-    report(name, shape, result, peers)
-    print(f"{'':24} first forward call {cold:.1f} s", flush=True)
-    if len(shape.lengths) > 1:
-        padded, offsets = aligned(shape, inputs)
-        result = measure(packed_scan(chunk_offsets=offsets), padded)
-        report(f"{name}, aligned", shape, result, peers)
+        report(f"{name}, {peer}", shape, found)
+        for form, times in ours.items():
+            compare(form, times, peer, found)
 
 
 def run_profile():
