@@ -81,12 +81,17 @@ def test_an_implementation_that_does_not_exist_here(length):
         layer(INPUTS[:, :length])
 
 
-def test_the_portable_implementation_by_name():
-    output = make_layer(implementation="portable")(INPUTS)
-    expected = make_layer()(INPUTS)
-    np.testing.assert_array_equal(
-        keras.ops.convert_to_numpy(output), keras.ops.convert_to_numpy(expected)
+@pytest.mark.parametrize("length", [1, 6])
+def test_an_implementation_by_name(length):
+    fastest = "xla" if BACKEND == "tensorflow" else "portable"
+    output = make_layer(implementation=fastest)(INPUTS[:, :length])
+    expected = make_layer()(INPUTS[:, :length])
+    portable = make_layer(implementation="portable")(INPUTS[:, :length])
+    output, expected, portable = map(
+        keras.ops.convert_to_numpy, (output, expected, portable)
     )
+    np.testing.assert_array_equal(output, expected)
+    np.testing.assert_allclose(portable, expected, atol=1e-5)
 
 
 # The inputs.

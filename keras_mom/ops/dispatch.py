@@ -29,6 +29,16 @@ def register(operation, name):
     return decorator
 
 
+def operations():
+    """Names of the operations that have an implementation."""
+    return tuple(_REGISTRY)
+
+
+def registered(operation, name):
+    """The implementation of `operation` that is registered under `name`."""
+    return _REGISTRY[operation][name]
+
+
 def implementations(operation):
     """Names of the implementations of `operation`, fastest first."""
     return tuple(
