@@ -1,7 +1,9 @@
 """What TensorFlow alone offers: export, serving, replicas, and what XLA compiles."""
 
+import functools
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,16 @@ if keras.backend.backend() != "tensorflow":
     pytest.skip("for TensorFlow", allow_module_level=True)
 
 import tensorflow as tf  # noqa: E402
+
+from keras_mom_kernels.memory_step.reference import (  # noqa: E402
+    memory_step as step_reference,
+)
+from keras_mom_kernels.memory_step.shapes import (  # noqa: E402
+    STEP_CASES,
+    make_state,
+    make_tokens,
+)
+from keras_mom_kernels.memory_step.tensorflow import memory_step  # noqa: E402
 
 SERVING = """
 import sys
@@ -115,3 +127,136 @@ def test_one_trace_serves_all_lengths():
             for x, y in zip(found, gradients(*inputs)):
                 assert_close(x.numpy(), y.numpy(), 1e-5, "gradient")
     assert len(traces) == 1
+
+
+@pytest.mark.parametrize("rule", ("gated_delta_net", "gsa"))
+def test_lite_rt_needs_no_other_operations(rule, tmp_path):
+    tokens = keras.Input((70, 16))
+    model = keras.Model(tokens, keras_mom.MoMLayer(2, 8, update_rule=rule)(tokens))
+    inputs = np.random.default_rng(0).normal(size=(2, 70, 16)).astype("float32")
+    expected = model.predict(inputs, verbose=0)
+    path = tmp_path / "model.tflite"
+    signature = [tf.TensorSpec(inputs.shape)]
+    model.export(path, format="litert", input_signature=signature, verbose=False)
+    # Operations other than LiteRT's own would not load.
+    interpreter = tf.lite.Interpreter(
+        str(path),
+        experimental_op_resolver_type=tf.lite.experimental.OpResolverType.BUILTIN_REF,
+    )
+    interpreter.allocate_tensors()
+    interpreter.set_tensor(interpreter.get_input_details()[0]["index"], inputs)
+    interpreter.invoke()
+    output = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
+    assert_close(output, expected, 1e-5, "output")
+
+
+# A single token.
+
+
+@pytest.mark.parametrize("case", STEP_CASES, ids=lambda case: case.name)
+def test_steps_are_those_of_the_recurrence(case):
+    tolerance = 1e-5 if case.dtype == "float32" else 5e-3
+    step = tf.function(functools.partial(memory_step, **case.rule), jit_compile=True)
+    actual = tf.constant(make_state(case)[0], "float32")
+    expected = actual.numpy().astype("float64")
+    for token in make_tokens(case):
+        del token["projected"]
+        tensors = {
+            name: tf.constant(x)
+            if name == "active"
+            else tf.constant(x, "float32" if name == "weights" else case.dtype)
+            for name, x in token.items()
+        }
+        output, actual = step(**tensors, state=actual)
+        exact = {
+            name: x.numpy().astype(bool if name == "active" else "float64")
+            for name, x in tensors.items()
+        }
+        mixed, expected = step_reference(**exact, state=expected, **case.rule)
+        assert output.dtype == actual.dtype == tf.float32
+        assert_close(output, mixed, tolerance, "output")
+        assert_close(actual, expected, tolerance, "state")
+
+
+def test_a_memory_that_is_not_active_is_left_alone():
+    """Whatever its inputs and its state hold, in values and in gradients."""
+    case = STEP_CASES[4]
+    token = make_tokens(case)[0]
+    active = np.array([[True, False, True], [False, True, True], [False] * 3])
+    state = np.where(active[..., None, None, None], make_state(case)[0], np.nan)
+    rows = {
+        name: tf.constant(
+            np.where(active[(..., *[None] * (x.ndim - 2))], x, np.inf), "float32"
+        )
+        for name, x in token.items()
+        if name not in ("projected", "active")
+    }
+    state = tf.constant(state, "float32")
+    with tf.GradientTape() as tape:
+        tape.watch((rows, state))
+        output, after = memory_step(**rows, active=tf.constant(active), state=state)
+        loss = tf.reduce_sum(output**2)
+    gradients, state_gradient = tape.gradient(loss, (rows, state))
+    assert np.isfinite(output).all()
+    np.testing.assert_array_equal(after[~active], state[~active])
+    for gradient in (*gradients.values(), state_gradient):
+        assert np.isfinite(gradient).all()
+        assert not np.any(gradient[~active]) and np.any(gradient[active])
+
+
+@pytest.mark.parametrize("compiled", (False, True))
+def test_a_decode_loop_is_traced_once(compiled):
+    layer = keras_mom.MoMLayer(2, 8, return_state=True)
+    inputs = np.random.default_rng(0).normal(size=(2, 12, 16)).astype("float32")
+    expected, last = layer(inputs)
+    _, state = layer(inputs[:, :3])
+    traces = []
+    signature = [
+        tf.TensorSpec((2, 3, 16)),
+        tuple(tf.TensorSpec(x.shape, x.dtype) for x in state),
+    ]
+
+    @tf.function(input_signature=signature, jit_compile=compiled)
+    def decode(tokens, state):
+        traces.append(1)
+        outputs = tf.TensorArray(tf.float32, 3, element_shape=(2, 16))
+        for t in tf.range(3):
+            output, state = layer(tokens[:, t, None], initial_state=state)
+            outputs = outputs.write(t, output[:, 0])
+        return tf.transpose(outputs.stack(), (1, 0, 2)), state
+
+    for start in (3, 6, 9):
+        output, state = decode(inputs[:, start : start + 3], state)
+        assert_close(output, expected[:, start : start + 3], 1e-5, "output")
+    for x, y in zip(state, last, strict=True):
+        assert_close(x, y, 1e-5, "state")
+    assert len(traces) == 1
+
+
+def test_fit_is_the_same_however_it_runs():
+    random = np.random.default_rng(0)
+    inputs = random.normal(size=(8, 70, 16)).astype("float32")
+    losses = []
+    for how in ({"run_eagerly": True}, {"jit_compile": False}, {"jit_compile": True}):
+        keras.utils.set_random_seed(0)
+        tokens = keras.Input((None, 16))
+        model = keras.Model(tokens, keras_mom.MoMLayer(2, 8)(tokens))
+        model.compile("sgd", "mse", **how)
+        fit = model.fit(inputs, -inputs, batch_size=4, epochs=2, verbose=0)
+        losses.append(fit.history["loss"])
+    assert losses[0][1] < losses[0][0]
+    for loss in losses[1:]:
+        assert_close(loss, losses[0], 1e-5, "loss")
+
+
+def test_the_page_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = Path(keras_mom.__file__).parents[1] / "docs" / "tensorflow.md"
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), re.S))
+    # A `tf.function` reads its own source.
+    (tmp_path / "page.py").write_text(code)
+    names = runpy.run_path(str(tmp_path / "page.py"))
+    assert names["served"].serve(np.ones((1, 9, 16), "float32")).shape == (1, 9, 16)
+    assert (tmp_path / "model.tflite").stat().st_size > 0
+    assert names["decode"].experimental_get_tracing_count() == 1
+    assert names["gradient"].shape == names["value"].shape

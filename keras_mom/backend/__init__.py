@@ -2,10 +2,10 @@
 
 Each module of this package offers the same names for one Keras backend:
 
-- `scan(step, carry, length, num_outputs, reverse)`: a loop without a gradient of its
-  own. `step` takes a carry and an index, and returns a carry and a tuple of
-  `num_outputs` tensors of the carry's dtype, which are joined along their second axis,
-  in index order;
+- `scan(step, carry, length, shapes, reverse)`: a loop without a gradient of its own.
+  `step` takes a carry and an index, and returns a carry and a tuple of tensors of the
+  carry's dtype and of these shapes, which are joined along their second axis, in index
+  order;
 - `Differentiable(name, forward, backward, infer, make_options)`: a function of tensors
   with a gradient written by hand, called as `function(options, *tensors)`. Options
   are a tuple of strings, numbers, booleans and None, which `make_options` makes of

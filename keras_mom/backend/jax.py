@@ -6,9 +6,9 @@ import jax
 from jax.core import Tracer
 
 
-def scan(step, carry, length, num_outputs, reverse=False):
+def scan(step, carry, length, shapes, reverse=False):
     """See `keras_mom.backend`."""
-    del num_outputs
+    del shapes  # JAX traces `step`.
     carry, outputs = jax.lax.scan(
         step, carry, jax.numpy.arange(length, dtype="int32"), reverse=reverse
     )

@@ -10,9 +10,9 @@ from keras import ops
 from keras.src.backend import in_stateless_scope
 
 
-def scan(step, carry, length, num_outputs, reverse=False):
+def scan(step, carry, length, shapes, reverse=False):
     """See `keras_mom.backend`."""
-    del num_outputs
+    del shapes
     outputs = [None] * length
     for index in reversed(range(length)) if reverse else range(length):
         carry, outputs[index] = step(carry, index)

@@ -15,7 +15,7 @@ if keras.backend.backend() == "torch":
     from keras_mom.ops import triton_scan as triton_scan
     from keras_mom.ops import triton_step as triton_step
 elif keras.backend.backend() == "tensorflow":
-    from keras_mom.ops import xla_scan as xla_scan
+    from keras_mom.ops import xla_kernels as xla_kernels
 
 __all__ = [
     "RoutingStatistics",

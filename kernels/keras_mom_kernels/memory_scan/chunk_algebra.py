@@ -7,9 +7,9 @@ nothing here overflows, at decays of exp(-20) a step as at decays of 1.
 A framework is reached through `arrays` alone, a namespace of array functions with the
 names and the meaning of `keras.ops`; and beside those
 
-- `scan(step, carry, length, num_outputs, reverse=False)`: a loop, whose `step` takes
-  a carry and an index and returns a carry and a tuple of `num_outputs` tensors of its
-  dtype, which are joined along their second axis, in index order;
+- `scan(step, carry, length, shapes, reverse=False)`: a loop, whose `step` takes a
+  carry and an index and returns a carry and a tuple of tensors of its dtype and of
+  these shapes, which are joined along their second axis, in index order;
 - `full_precision()`: a context in which float32 products are float32 products;
 - `unit_lower_inverse(strict)`: `(I + A)^-1` of strictly lower triangular matrices
   `[..., C, C]`, by substitution; None where the framework's own is slow.
@@ -141,22 +141,28 @@ class ChunkAlgebra:
     #
     # A chunk is halved again and again. Rows of a second half meet rows of the first
     # half through the decay at the border between them, so that both factors stay at
-    # or below one, and each level is a plain batched product.
+    # or below one, and each level is a plain batched product. Leading axes are made
+    # one on the way in, N: some compilers slice few axes only.
+
+    def _flat(self, x):
+        """`[..., C, K]` to `[N, C, K]`."""
+        return self.arrays.reshape(x, (-1, *x.shape[-2:]))
+
+    def _restored(self, x, like):
+        """`[N, ...]` with the leading axes of `like`, `[..., C, K]`."""
+        return self.arrays.reshape(x, (*self.arrays.shape(like)[:-2], *x.shape[1:]))
 
     def _halves(self, x, size):
-        """First and second halves of blocks: `[..., n, size, K]` of `[..., C, K]`."""
-        shape = self.arrays.shape(x)
-        blocks = self.arrays.reshape(
-            x, (*shape[:-2], shape[-2] // (2 * size), 2, size, shape[-1])
-        )
-        return blocks[..., 0, :, :], blocks[..., 1, :, :]
+        """First and second halves of blocks: `[N, n, size, K]` of `[N, C, K]`."""
+        rows, width = x.shape[-2:]
+        blocks = self.arrays.reshape(x, (-1, rows // (2 * size), 2, size, width))
+        return blocks[:, :, 0], blocks[:, :, 1]
 
     def _join_halves(self, first, second):
         """Inverse of `_halves`."""
-        joined = self.arrays.stack([first, second], axis=-3)
-        shape = self.arrays.shape(joined)
-        rows = shape[-4] * 2 * shape[-2]
-        return self.arrays.reshape(joined, (*shape[:-4], rows, shape[-1]))
+        joined = self.arrays.stack([first, second], axis=2)
+        _, count, _, size, width = joined.shape
+        return self.arrays.reshape(joined, (-1, count * 2 * size, width))
 
     def _level_factors(self, left_decay, right_decay, size):
         """Decay from the border to second-half rows, and from first-half rows to it."""
@@ -179,6 +185,10 @@ class ChunkAlgebra:
             left_decay, right_decay: `CumulativeDecay` of `[..., C, K]`.
             inclusive: whether the diagonal, which never decays, counts.
         """
+        lead = left
+        left, right = self._flat(left), self._flat(right)
+        left_decay = left_decay.map(self._flat)
+        right_decay = right_decay.map(self._flat)
         blocks = self.arrays.sum(left * right, axis=-1)[..., None, None]
         if not inclusive:
             blocks = self.arrays.zeros_like(blocks)
@@ -191,11 +201,11 @@ class ChunkAlgebra:
                 self.transposed(self._halves(right, size)[0] * column_factor),
             )
             blocks = self._join_blocks(blocks, corner)
-        return blocks[..., 0, :, :]
+        return self._restored(blocks[:, 0], lead)
 
     def _join_blocks(self, diagonal, corner):
         """Diagonal blocks and the blocks below them, as blocks of twice the size."""
-        top, bottom = diagonal[..., 0::2, :, :], diagonal[..., 1::2, :, :]
+        top, bottom = diagonal[:, 0::2], diagonal[:, 1::2]
         return self.arrays.concatenate(
             [
                 self.arrays.concatenate([top, self.arrays.zeros_like(top)], axis=-1),
@@ -212,6 +222,9 @@ class ChunkAlgebra:
             rows: `[..., C, K]`.
             decay: `CumulativeDecay` of `[..., C, K]`.
         """
+        lead = rows
+        weights, rows = self._flat(weights), self._flat(rows)
+        decay = decay.map(self._flat)
         sums = self.arrays.diagonal(weights, axis1=-2, axis2=-1)[..., None] * rows
         for size in self._levels(rows.shape[-2]):
             row_factor, column_factor = self._level_factors(decay, decay, size)
@@ -221,10 +234,13 @@ class ChunkAlgebra:
                 * row_factor
             )
             sums += self._join_halves(self.arrays.zeros_like(later), later)
-        return sums
+        return self._restored(sums, lead)
 
     def channel_sums_gradient(self, weights, gradient, decay):
         """Gradient of the rows of `channel_sums` from that of the sums."""
+        lead = gradient
+        weights, gradient = self._flat(weights), self._flat(gradient)
+        decay = decay.map(self._flat)
         rows_gradient = (
             self.arrays.diagonal(weights, axis1=-2, axis2=-1)[..., None] * gradient
         )
@@ -234,7 +250,7 @@ class ChunkAlgebra:
             corner = self.transposed(self.corner_blocks(weights, size))
             earlier = self.arrays.matmul(corner, later) * column_factor
             rows_gradient += self._join_halves(earlier, self.arrays.zeros_like(earlier))
-        return rows_gradient
+        return self._restored(rows_gradient, lead)
 
     def channel_pairs_gradient(
         self, gradient, left, right, left_decay, right_decay, inclusive, exclusive_rows
@@ -245,6 +261,10 @@ class ChunkAlgebra:
             Gradients of left, right, and of the log decays of each row, `[..., C, K]`.
             With `exclusive_rows` the left decay excludes the row's own log decay.
         """
+        lead = left
+        gradient, left, right = map(self._flat, (gradient, left, right))
+        left_decay = left_decay.map(self._flat)
+        right_decay = right_decay.map(self._flat)
         if inclusive:
             diagonal = self.arrays.diagonal(gradient, axis1=-2, axis2=-1)[..., None]
             left_gradient, right_gradient = diagonal * right, diagonal * left
@@ -273,20 +293,18 @@ class ChunkAlgebra:
                 ),
                 self.arrays.matmul(later, rows * rows_gradient),
             )
-        return left_gradient, right_gradient, log_decay_gradient
+        gradients = (left_gradient, right_gradient, log_decay_gradient)
+        return tuple(self._restored(x, lead) for x in gradients)
 
     def corner_blocks(self, matrix, size):
-        """Lower left blocks of the diagonal blocks of `2 * size` of `[..., C, C]`."""
-        shape = self.arrays.shape(matrix)
-        count = shape[-1] // (2 * size)
+        """Lower left blocks of the diagonal blocks of `2 * size` of `[N, C, C]`."""
+        count = matrix.shape[-1] // (2 * size)
         if count == 1:
-            return matrix[..., None, size:, :size]
-        # TensorFlow slices no more than 8 axes.
-        blocks = self.arrays.reshape(matrix, (-1, count, 2, size, count, 2, size))
-        blocks = blocks[:, :, 1, :, :, 0]
+            return matrix[:, None, size:, :size]
+        shape = (-1, count, 2 * size, count, 2 * size)
+        blocks = self.arrays.reshape(matrix, shape)[:, :, size:, :, :size]
         own = np.eye(count, dtype="float32")[:, None, :, None]
-        blocks = self.arrays.sum(blocks * self.arrays.convert_to_tensor(own), axis=-2)
-        return self.arrays.reshape(blocks, (*shape[:-2], count, size, size))
+        return self.arrays.sum(blocks * self.arrays.convert_to_tensor(own), axis=-2)
 
     def unit_lower_inverse(self, strict):
         """`(I + A)^-1` of strictly lower triangular `A`, `[..., C, C]`, C a power of 2.

@@ -145,6 +145,19 @@ class _Scan:
         self.delta = options.write == "delta"
         values_decay = options.decay_axis == "value" and self.rows[3] is not None
         self._factors = ValueDecayFactors if values_decay else ChunkFactors
+        # How many outputs a step has forward: the states behind chunks come last.
+        self.forward_count = 2 if self.segments.alone else 3
+        # What one chunk writes: [B, 1, H, C, V].
+        self.writes = (batch, 1, heads, options.chunk_size, value.shape[-1])
+
+    def states(self, chunks):
+        """Shape of the states of some chunks: `[B, chunks, H, K, V]`."""
+        return (self.state_shape[0], chunks, *self.state_shape[1:])
+
+    def block_rows(self, x):
+        """Shape of the rows of a block: `[B, G * C, ...]` of `[B, T, ...]`."""
+        rows = self.options.block_size * self.options.chunk_size
+        return (self.state_shape[0], rows, *x.shape[2:])
 
     def block(self, index):
         """The factors of a block of chunks."""
@@ -194,17 +207,18 @@ def forward(arrays, options, *tensors):
                 outputs = (before, write) if segments.alone else (before, write, after)
                 return after, tuple(x[:, None] for x in outputs)
 
-            count = 2 if segments.alone else 3
+            states = scan.states(1)
+            shapes = (states, scan.writes, states)[: scan.forward_count]
             state, (before, written, *after) = arrays.scan(
-                chunk_step, state, size, count
+                chunk_step, state, size, shapes
             )
             output = algebra.merge_chunks(block.output(before, written))
             return state, (output, before, *after)
 
         carry = segments.first_carry(scan.initial, scan.state_shape)
-        last, (output, before, *after) = arrays.scan(
-            step, carry, scan.blocks, 2 if segments.alone else 3
-        )
+        states = scan.states(size)
+        shapes = (scan.block_rows(scan.rows[2]), states, states)[: scan.forward_count]
+        last, (output, before, *after) = arrays.scan(step, carry, scan.blocks, shapes)
         if segments.alone:
             return output, last[:, None], before
         final = segments.pick(after[0], segments.ends - 1, scan.initial)
@@ -221,6 +235,7 @@ def backward(arrays, options, tensors, outputs, gradients):
         segments = scan.segments
         size = options.block_size
         wants_initial = scan.initial is not None and not segments.alone
+        count = 3 if wants_initial else 2
 
         def step(state_grad, index):
             block = scan.block(index)
@@ -241,15 +256,13 @@ def backward(arrays, options, tensors, outputs, gradients):
                     state_grad = state_grad - arrays.matmul(
                         algebra.transposed(weights[:, chunk]), grad
                     )
-                outputs = (next_grad, grad, state_grad)[: 3 if wants_initial else 2]
+                outputs = (next_grad, grad, state_grad)[:count]
                 return state_grad, tuple(x[:, None] for x in outputs)
 
+            one = scan.states(1)
+            shapes = (one, scan.writes, one)[:count]
             state_grad, (next_grad, write_grad, *first_grad) = arrays.scan(
-                chunk_step,
-                state_grad,
-                size,
-                3 if wants_initial else 2,
-                reverse=True,
+                chunk_step, state_grad, size, shapes, reverse=True
             )
             grads = block.gradients(
                 states,
@@ -266,8 +279,10 @@ def backward(arrays, options, tensors, outputs, gradients):
 
         carry = segments.first_carry(final_gradient, scan.state_shape)
         log_decay, beta = tensors[3:5]
-        count = 3 + (log_decay is not None) + (beta is not None) + wants_initial
-        last, grads = arrays.scan(step, carry, scan.blocks, count, reverse=True)
+        shapes = [scan.block_rows(x) for x in scan.rows[:5] if x is not None]
+        if wants_initial:
+            shapes.append(scan.states(size))
+        last, grads = arrays.scan(step, carry, scan.blocks, shapes, reverse=True)
         grads = list(grads)
         initial_grad = None
         if wants_initial:

@@ -20,6 +20,7 @@ CHUNK_SIZE = 64
 _BLOCK_SIZE = 8
 
 
+@tf.autograph.experimental.do_not_convert
 def memory_scan(
     query,
     key,

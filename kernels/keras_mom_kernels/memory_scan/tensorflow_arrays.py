@@ -1,6 +1,7 @@
 """TensorFlow's array functions under the names that `chunk_algebra` asks for."""
 
 import contextlib
+import math
 from typing import Any
 
 import tensorflow as tf
@@ -38,7 +39,9 @@ def diagonal(x, axis1, axis2):
     """The diagonals of `[..., C, C]`."""
     if (axis1, axis2) != (-2, -1):
         raise ValueError(f"the last two axes have diagonals, not {axis1} and {axis2}")
-    return tf.linalg.diag_part(x)
+    # LiteRT has no operation of its own for it.
+    own = tf.eye(x.shape[-1], dtype=tf.bool)
+    return tf.reduce_sum(tf.where(own, x, tf.zeros((), x.dtype)), axis=-1)
 
 
 def reshape(x, shape):
@@ -73,14 +76,21 @@ def full_precision():
     return contextlib.nullcontext()
 
 
-def scan(step, carry, length, num_outputs, reverse=False):
+def scan(step, carry, length, shapes, reverse=False):
     """The loop that `chunk_algebra` asks for. It has no gradient under XLA."""
-    arrays = tuple(tf.TensorArray(carry.dtype, size=length) for _ in range(num_outputs))
+    # LiteRT asks for elements of a known shape, and slices no more than 5 axes.
+    sizes = [(shape[1], math.prod(shape[2:])) for shape in shapes]
+    batch = carry.shape[0]
+    arrays = tuple(
+        tf.TensorArray(carry.dtype, size=length, element_shape=(batch, *size))
+        for size in sizes
+    )
 
     def body(index, carry, arrays):
         position = length - 1 - index if reverse else index
         carry, outputs = step(carry, position)
-        arrays = tuple(a.write(position, o) for a, o in zip(arrays, outputs))
+        flat = [tf.reshape(x, (-1, *size)) for x, size in zip(outputs, sizes)]
+        arrays = tuple(a.write(position, x) for a, x in zip(arrays, flat))
         return index + 1, carry, arrays
 
     _, carry, arrays = tf.while_loop(
@@ -89,11 +99,9 @@ def scan(step, carry, length, num_outputs, reverse=False):
         (tf.constant(0), carry, arrays),
         maximum_iterations=length,
     )
-    return carry, tuple(_joined(array.stack()) for array in arrays)
 
+    def joined(array, shape):
+        stacked = swapaxes(array.stack(), 0, 1)
+        return tf.reshape(stacked, (shape[0], length * shape[1], *shape[2:]))
 
-def _joined(x):
-    """`[length, B, n, ...]` to `[B, length * n, ...]`."""
-    x = swapaxes(x, 0, 1)
-    batch, length, count, *rest = shape(x)
-    return tf.reshape(x, (batch, length * count, *rest))
+    return carry, tuple(joined(*item) for item in zip(arrays, shapes))

@@ -1,6 +1,6 @@
-"""The memory scan of `keras_mom_kernels` on TensorFlow, as an implementation.
+"""What `keras_mom_kernels` has for TensorFlow, as implementations of operations.
 
-The operations around it are plain ones, which XLA compiles as they are: their
+The operations around the scan are plain ones, which XLA compiles as they are: their
 portable forms serve under the name of `"xla"` too.
 """
 
@@ -14,20 +14,27 @@ from keras_mom.ops import packed_convolution as packed_convolution
 from keras_mom.ops import packing as packing
 from keras_mom.ops import routing as routing
 from keras_mom.ops import short_convolution as short_convolution
-from keras_mom.ops.dispatch import operations, register, registered
-from keras_mom_kernels.memory_scan import tensorflow as kernels
+from keras_mom.ops.dispatch import implementations, operations, register, registered
+from keras_mom_kernels.memory_scan import tensorflow as scan_kernels
+from keras_mom_kernels.memory_step import tensorflow as step_kernels
 
 
 @register("memory_scan", "xla")
-def _xla(query, key, value, *, cu_seqlens, aligned, **options):
+def _scan(query, key, value, *, cu_seqlens, aligned, **options):
     if aligned is not None:
         options["chunk_offsets"] = aligned.chunk_offsets
         options["chunk_size"] = aligned.chunk_size
         options["resets"] = aligned.resets
     tensors = [ops.convert_to_tensor(x) for x in (query, key, value)]
-    return kernels.memory_scan(*tensors, cu_seqlens=cu_seqlens, **options)
+    return scan_kernels.memory_scan(*tensors, cu_seqlens=cu_seqlens, **options)
+
+
+@register("memory_step", "xla")
+def _step(query, key, value, *, in_place, parts, **options):
+    del in_place, parts
+    return step_kernels.memory_step(query, key, value, **options)
 
 
 for _operation in operations():
-    if _operation != "memory_scan":
+    if "xla" not in implementations(_operation):
         register(_operation, "xla")(registered(_operation, "portable"))
