@@ -61,7 +61,7 @@ def memory_step(
         there = tf.reshape(active, (*_shape(active), *[1] * (len(x.shape) - 2)))
         return tf.where(there, x, otherwise)
 
-    def cleared(x):
+    def cleared(x) -> Any:
         return None if x is None else of_active(tf.cast(x, tf.float32), zero)
 
     query, key, value, log_decay, beta, weights = map(
