@@ -5,7 +5,6 @@ grid's last axis, and the state stays in on-chip memory between them. All that i
 special to TPUs is here.
 """
 
-
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
