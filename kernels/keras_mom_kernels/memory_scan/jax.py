@@ -26,9 +26,9 @@ CHUNK_SIZE = 64
 
 
 def memory_scan(
-    query,
-    key,
-    value,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
     *,
     log_decay=None,
     beta=None,
@@ -100,7 +100,7 @@ def memory_scan(
         output, state = _packed(scan, size, rows, cu_seqlens, initial_state)
     else:
         output, state = _padded(scan, size, rows, resets, initial_state)
-    return output.astype(dtype), state
+    return jnp.asarray(output, dtype), state
 
 
 def _platform():
@@ -278,7 +278,7 @@ def _backward(options, kernels, interpret, dtype, tensors, states, gradients):
             chunks.state(final_gradient),
             interpret=interpret,
         )
-        grads = list(
+        grads: list[Any] = list(
             block.gradients(
                 states,
                 writes,
@@ -289,7 +289,7 @@ def _backward(options, kernels, interpret, dtype, tensors, states, gradients):
             )
         )
         grads = [None if x is None else chunks.merge(x) for x in grads]
-        if grads[3] is not None:
+        if chunks.log_decay is not None:
             # Below the lowest log decay the decay is 0 whatever its value.
             grads[3] = jnp.where(chunks.log_decay >= LOWEST_LOG_DECAY, grads[3], 0)
         grads = [
