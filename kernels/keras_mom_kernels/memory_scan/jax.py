@@ -2,9 +2,8 @@
 
     from keras_mom_kernels.memory_scan.jax import memory_scan
 
-Inside chunks everything is a batched product, which XLA computes; the recurrence
-between chunks, which XLA would run as a loop of small products, is a kernel in either
-direction. The backward pass keeps the inputs and one state a chunk.
+`jax_fused` serves GPUs but for decays of key channels; `jax_factors` serves those and
+TPUs.
 """
 
 import functools
@@ -13,12 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from keras_mom_kernels.memory_scan import jax_arrays
-from keras_mom_kernels.memory_scan.chunk_algebra import (
-    LOWEST_LOG_DECAY,
-    ChunkAlgebra,
-)
-from keras_mom_kernels.memory_scan.chunk_factors import ChunkFactors
+from keras_mom_kernels.memory_scan import jax_factors, jax_fused
 from keras_mom_kernels.memory_scan.chunked_scan import ScanOptions
 
 # C, the rows of a chunk.
@@ -84,16 +78,20 @@ def memory_scan(
         NotImplementedError: if no kernel serves the call, with the reason.
     """
     kernels = _platform() if kernels is None else kernels
-    if chunk_offsets is not None and chunk_size < 16:
+    _check_served(query, key, value, kernels)
+    if chunk_offsets is not None and not 16 <= chunk_size <= CHUNK_SIZE:
         raise NotImplementedError(
-            f"the Pallas kernels take chunks of 16 rows or more, not {chunk_size}"
+            f"the Pallas kernels take chunks of 16 to {CHUNK_SIZE} rows, not "
+            f"{chunk_size}"
         )
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     dtype = value.dtype
     rows = [query, key, value, log_decay, beta]
     size = chunk_size if chunk_offsets is not None else CHUNK_SIZE
     options = ScanOptions(write, bool(erase_before_decay), size, 1, scale)
-    scan = _function(options, kernels, interpret, _products(query, key, value))
+    fused = kernels == "gpu" and (log_decay is None or log_decay.ndim == 3)
+    dtype_of_products = _products(query, key, value)
+    scan = _function(options, kernels, fused, interpret, dtype_of_products)
     if chunk_offsets is not None:
         output, state = scan(*rows, resets, chunk_offsets, initial_state)
     elif cu_seqlens is not None:
@@ -110,6 +108,17 @@ def _platform():
             f"the Pallas kernels need a GPU or a TPU; JAX runs on {platform!r}"
         )
     return platform
+
+
+def _check_served(query, key, value, kernels):
+    if kernels == "gpu" and max(key.shape[-1], value.shape[-1]) > 256:
+        raise NotImplementedError(
+            "the Pallas kernels for GPUs take key and value channels up to 256, not "
+            f"{key.shape[-1]} and {value.shape[-1]}"
+        )
+    for x in (query, key, value):
+        if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+            raise NotImplementedError(f"no Pallas kernel for {x.dtype}")
 
 
 def _products(*tensors):
@@ -171,154 +180,17 @@ def _packed(scan, size, rows, cu_seqlens, initial_state):
 
 
 @functools.cache
-def _function(options, kernels, interpret, dtype):
+def _function(options, kernels, fused, interpret, dtype):
     """The scan of aligned rows with its gradient.
 
     It takes query, key, value, log_decay, beta, resets, chunk_offsets and initial
     state, and returns output and final state.
     """
-    run = functools.partial(_forward, options, kernels, interpret, dtype)
-
-    def forward(*tensors):
-        output, final, states = run(*tensors)
-        return (output, final), (tensors, states)
-
-    def backward(kept, gradients):
-        tensors, states = kept
-        return _backward(options, kernels, interpret, dtype, tensors, states, gradients)
-
-    function = jax.custom_vjp(lambda *tensors: run(*tensors)[:2])
-    function.defvjp(forward, backward)
+    form: Any = jax_fused if fused else jax_factors
+    how = form.plan(options, kernels, interpret, dtype)
+    function = jax.custom_vjp(lambda *tensors: form.forward(how, *tensors)[0])
+    function.defvjp(
+        lambda *tensors: form.forward(how, *tensors),
+        lambda kept, gradients: form.backward(how, kept, *gradients),
+    )
     return function
-
-
-class _Chunks:
-    """All chunks' factors, as the kernels take them."""
-
-    def __init__(self, options, kernels, interpret, dtype, tensors):
-        *rows, self.resets, self.offsets, self.initial = tensors
-        self.dtypes = [None if x is None else x.dtype for x in rows]
-        self.key_dim, self.value_dim = rows[0].shape[-1], rows[2].shape[-1]
-        self.interpret = interpret
-        self.kernels: Any = _kernels(kernels)
-        rows = [None if x is None else x.astype("float32") for x in rows]
-        self.log_decay = rows[3]
-        algebra = ChunkAlgebra(jax_arrays.EXACT)
-        self.block = ChunkFactors(algebra, options, *rows, self.resets)
-        self.merge = algebra.merge_chunks
-        self.product = algebra.optional_product
-        weights = self.block.reading_weights() if self.block.delta else None
-        whole = self.block.whole
-        # Heads that decay as one are one head there.
-        shape = (*self.block.key.shape[:3], 1, 1)
-        if whole is not None:
-            whole = jnp.broadcast_to(whole, (*shape[:3], *whole.shape[3:]))[..., 0]
-        key_size, self.value_size = map(_padded_size, (self.key_dim, self.value_dim))
-        self.key_size = key_size
-        if whole is not None and whole.shape[-1] > 1:
-            whole = _widened(whole, key_size)
-        self.factors = {
-            "weights": _widened(weights, key_size, dtype),
-            "ending": _widened(self.block.ending_key, key_size, dtype),
-            "whole": whole,
-        }
-
-    def values(self, x):
-        """Rows `[..., V]` with the value channels that the kernels take."""
-        return _widened(x, self.value_size)
-
-    def state(self, x):
-        """States `[..., K, V]` likewise."""
-        if x is None:
-            return None
-        missing = self.key_size - self.key_dim
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, missing), (0, 0)])
-        return self.values(x)
-
-    def cut(self, x, of_state):
-        """The channels that are there."""
-        x = x[..., : self.value_dim]
-        return x[..., : self.key_dim, :] if of_state else x
-
-
-def _forward(options, kernels, interpret, dtype, *tensors):
-    with jax.default_matmul_precision("highest"):
-        chunks = _Chunks(options, kernels, interpret, dtype, tensors)
-        block = chunks.block
-        writes = chunks.product(block.value, block.beta)
-        if block.delta:
-            writes = block.inverse @ writes
-        states, written, final = chunks.kernels.hand_on(
-            chunks.factors,
-            chunks.values(writes),
-            chunks.offsets,
-            chunks.state(chunks.initial),
-            interpret=interpret,
-        )
-        states, final = (chunks.cut(x, True) for x in (states, final))
-        output = block.output(states, chunks.cut(written, False))
-        return chunks.merge(output), final, states
-
-
-def _backward(options, kernels, interpret, dtype, tensors, states, gradients):
-    output_gradient, final_gradient = gradients
-    with jax.default_matmul_precision("highest"):
-        chunks = _Chunks(options, kernels, interpret, dtype, tensors)
-        block = chunks.block
-        out = block.algebra.split_chunks(
-            output_gradient.astype("float32"), options.chunk_size
-        )
-        writes, missing = block.writes(states)
-        reads, local = block.output_gradients(out)
-        next_grad, write_grad, first = chunks.kernels.hand_back(
-            chunks.factors,
-            chunks.values(local),
-            chunks.state(reads),
-            chunks.offsets,
-            chunks.state(final_gradient),
-            interpret=interpret,
-        )
-        grads: list[Any] = list(
-            block.gradients(
-                states,
-                writes,
-                missing,
-                out,
-                chunks.cut(write_grad, False),
-                chunks.cut(next_grad, True),
-            )
-        )
-        grads = [None if x is None else chunks.merge(x) for x in grads]
-        if chunks.log_decay is not None:
-            # Below the lowest log decay the decay is 0 whatever its value.
-            grads[3] = jnp.where(chunks.log_decay >= LOWEST_LOG_DECAY, grads[3], 0)
-        grads = [
-            None if x is None else x.astype(dtype)
-            for x, dtype in zip(grads, chunks.dtypes)
-        ]
-        if chunks.initial is None:
-            first = None
-        return *grads, None, None, None if first is None else chunks.cut(first, True)
-
-
-def _kernels(name):
-    if name == "gpu":
-        from keras_mom_kernels.memory_scan import pallas_gpu
-
-        return pallas_gpu
-    from keras_mom_kernels.memory_scan import pallas_tpu
-
-    return pallas_tpu
-
-
-def _padded_size(size):
-    """The least power of two that the kernels take."""
-    return max(16, 1 << (size - 1).bit_length())
-
-
-def _widened(x, size, dtype=None):
-    """`[..., N]` with zeros up to `[..., size]`."""
-    if x is None:
-        return None
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])])
-    return x if dtype is None else x.astype(dtype)
