@@ -254,5 +254,5 @@ def test_a_cpu_has_no_kernels():
     with pytest.raises(NotImplementedError, match="need a GPU or a TPU.*'cpu'"):
         memory_scan(**inputs)
     offsets = np.array([[0, 1], [0, 1]], "int32")
-    with pytest.raises(NotImplementedError, match="16 rows or more, not 8"):
+    with pytest.raises(NotImplementedError, match="16 to 64 rows, not 8"):
         memory_scan(**inputs, kernels="gpu", chunk_offsets=offsets, chunk_size=8)

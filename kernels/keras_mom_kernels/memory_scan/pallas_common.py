@@ -110,6 +110,8 @@ def call(kernel, plan, launch, grid, inputs, outputs, aliases=None):
     def body(*refs):
         kernel(plan, dict(zip(names, refs)))
 
+    # The lowering names kernels so.
+    body.__name__ = kernel.__name__
     results = pl.pallas_call(
         body,
         grid=grid,

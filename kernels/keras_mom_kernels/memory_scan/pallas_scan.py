@@ -170,7 +170,7 @@ def scan_gradients(plan, refs):
         into_query, into_key, to_end, whole = head_decays(plan, refs, place)
 
         # Gradient of what each row writes, from the outputs and the state.
-        out = refs["output_grad"][tile].astype(jnp.float32)
+        out = plan.operand(refs["output_grad"][tile])
         grad = square(plan, "attention", refs, place, out, True) * plan.scale
         key = plan.operand(refs["key"][keys])
         grad += plan.dot(key, next_grad) * to_end[:, None]
@@ -180,9 +180,9 @@ def scan_gradients(plan, refs):
 
         # Gradient of the state before the chunk.
         query = plan.operand(refs["query"][keys])
-        read = plan.operand(out * (into_query * plan.scale)[:, None])
+        read = out.astype(jnp.float32) * (into_query * plan.scale)[:, None]
         state_grad *= whole[:, None]
-        state_grad += plan.dot(query, read, left=True)
+        state_grad += plan.dot(query, plan.operand(read), left=True)
         if plan.delta:
             if "beta" in refs:
                 grad *= refs["beta"][place][:, None]
