@@ -14,6 +14,8 @@ if keras.backend.backend() == "torch":
     from keras_mom.ops import triton_routing as triton_routing
     from keras_mom.ops import triton_scan as triton_scan
     from keras_mom.ops import triton_step as triton_step
+elif keras.backend.backend() == "jax":
+    from keras_mom.ops import pallas_kernels as pallas_kernels
 elif keras.backend.backend() == "tensorflow":
     from keras_mom.ops import xla_kernels as xla_kernels
 

@@ -77,8 +77,8 @@ def memory_scan(
     Raises:
         NotImplementedError: if no kernel serves the call, with the reason.
     """
-    kernels = _platform() if kernels is None else kernels
-    _check_served(query, key, value, kernels)
+    kernels = platform() if kernels is None else kernels
+    check_served(query, key, value, kernels)
     if chunk_offsets is not None and not 16 <= chunk_size <= CHUNK_SIZE:
         raise NotImplementedError(
             f"the Pallas kernels take chunks of 16 to {CHUNK_SIZE} rows, not "
@@ -101,16 +101,18 @@ def memory_scan(
     return jnp.asarray(output, dtype), state
 
 
-def _platform():
-    platform = jax.default_backend()
-    if platform not in ("gpu", "tpu"):
+def platform():
+    """`"gpu"` or `"tpu"`; raises `NotImplementedError` where JAX runs on another."""
+    name = jax.default_backend()
+    if name not in ("gpu", "tpu"):
         raise NotImplementedError(
-            f"the Pallas kernels need a GPU or a TPU; JAX runs on {platform!r}"
+            f"the Pallas kernels need a GPU or a TPU; JAX runs on {name!r}"
         )
-    return platform
+    return name
 
 
-def _check_served(query, key, value, kernels):
+def check_served(query, key, value, kernels):
+    """Raises `NotImplementedError`, with the reason, for calls without a kernel."""
     if kernels == "gpu" and max(key.shape[-1], value.shape[-1]) > 256:
         raise NotImplementedError(
             "the Pallas kernels for GPUs take key and value channels up to 256, not "

@@ -8,7 +8,7 @@ operand goes in two parts where it matters: what correlated keys write cancels f
 to row, and a rounding of each row does not.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -190,10 +190,9 @@ def head_pairs(plan, refs, place, strict):
 def square(plan, name, refs, place, x, transposed=False):
     """Product of a stored square, or of its transpose, and a float32 tile."""
     rounded = plan.operand(x)
-    total = 0.0
-    for part in range(plan.parts):
-        tile = refs[name][(*place, part)]
-        total += plan.dot(tile, rounded, left=transposed)
+    total = plan.dot(refs[name][(*place, 0)], rounded, left=transposed)
+    for part in range(1, plan.parts):
+        total += plan.dot(refs[name][(*place, part)], rounded, left=transposed)
     return total
 
 

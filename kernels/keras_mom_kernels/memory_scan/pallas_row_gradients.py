@@ -228,7 +228,9 @@ def through_solve(plan, refs):
             wrote_own += jnp.sum(x * wrote.astype(jnp.float32), axis=1)
             solved = plan.operand(solved)
             erase += plan.dot(solved, wrote, right=True)
-            dk += plan.dot(solved, refs["states"][(*place, channels, values)], right=True)
+            dk += plan.dot(
+                solved, refs["states"][(*place, channels, values)], right=True
+            )
         if "value_grad" in refs:
             product = x * strength[:, None]
             refs["value_grad"][tile] = product.astype(refs["value_grad"].dtype)
