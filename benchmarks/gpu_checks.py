@@ -1,5 +1,6 @@
-"""The memory scan's Triton kernels against a float64 recurrence, on a GPU."""
+"""The memory scan's kernels against a float64 recurrence, on a GPU."""
 
+import functools
 import itertools
 import multiprocessing
 import time
@@ -7,8 +8,6 @@ import traceback
 from typing import NamedTuple
 
 import torch
-
-from keras_mom_kernels.memory_scan.torch import memory_scan
 
 # Relative root-mean-square errors of output and state, and of gradients.
 LIMITS = {"float32": (1e-5, 1e-4), "bfloat16": (5e-3, 1e-2), "float16": (5e-3, 1e-2)}
@@ -129,7 +128,17 @@ def relative_error(actual, expected):
     return error if error == error else float("inf")
 
 
-def check(job):
+def run_triton(inputs, cotangents, borders, options):
+    """Output, state and gradients by name, of the Triton kernels."""
+    from keras_mom_kernels.memory_scan.torch import memory_scan
+
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    results = memory_scan(**leaves, cu_seqlens=borders, **options)
+    torch.autograd.backward(results, cotangents)
+    return *(x.detach() for x in results), {name: leaves[name].grad for name in leaves}
+
+
+def check(job, run):
     """The largest errors of a job: those of values and of gradients, each by draw."""
     borders = torch.tensor((0, *job.lengths), dtype=torch.int32, device="cuda")
     borders = borders.cumsum(0, dtype=torch.int32)
@@ -139,45 +148,47 @@ def check(job):
     started, found = time.time(), []
     for seed, chosen in enumerate(draws):
         inputs = draw(job, *chosen, seed=seed)
-        leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
-        output, state = memory_scan(**leaves, cu_seqlens=borders, **options)
-        exact = {
-            name: x.detach().double().requires_grad_() for name, x in inputs.items()
-        }
+        exact = {name: x.double().requires_grad_() for name, x in inputs.items()}
         expected, expected_state = recurrence(job, exact)
         torch.manual_seed(seed)
-        cotangents = torch.randn_like(output), torch.randn_like(state)
-        torch.autograd.backward((output, state), cotangents)
+        cotangents = [torch.randn_like(inputs[x]) for x in ("value", "initial_state")]
+        output, state, grads = run(inputs, cotangents, borders, options)
         wanted = cotangents[0][:, :rows].double(), cotangents[1].double()
         torch.autograd.backward((expected, expected_state), wanted)
         errors = dict(
             output=relative_error(output[:, :rows], expected),
             state=relative_error(state, expected_state),
-            rest=output.detach()[:, rows:].abs().max().item(),
+            rest=output[:, rows:].abs().max().item(),
         )
         gradients = {
-            name: relative_error(leaves[name].grad, exact[name].grad) for name in leaves
+            name: relative_error(grads[name], exact[name].grad) for name in exact
         }
         found.append((chosen, errors, gradients))
     return job, found, time.time() - started
 
 
-def checked(job):
+def checked(job, run):
     """`check`, with what went wrong in place of the errors."""
     try:
-        return check(job)
+        return check(job, run)
     except Exception:
         return job, traceback.format_exc().strip().splitlines()[-1], 0.0
 
 
-def run_checks(workers):
-    """Prints a line a job; returns how many are above a limit."""
+def run_checks(workers, run=run_triton):
+    """Prints a line a job; returns how many are above a limit.
+
+    Args:
+        workers: number of processes.
+        run: computes what is checked, as `run_triton`.
+    """
     todo = list(jobs())
     failed = 0
     context = multiprocessing.get_context("spawn")
     # A process each: what a kernel destroys takes no other job along.
     with context.Pool(workers, maxtasksperchild=1) as pool:
-        for job, found, seconds in pool.imap_unordered(checked, todo):
+        results = pool.imap_unordered(functools.partial(checked, run=run), todo)
+        for job, found, seconds in results:
             rule = f"{job.decay} {job.write}" + " before" * job.erase_before_decay
             name = f"{job.dtype:8} {rule:21} K {job.key_dim:3} V {job.value_dim:3}"
             name += f" longest {max(job.lengths):4}"

@@ -11,44 +11,22 @@ import os
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
 import gpu_peers  # noqa: E402
-import keras  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
+from gpu_models import (  # noqa: E402
+    BATCH,
+    DEPTH,
+    HEAD_DIM,
+    HEADS,
+    INNER_WIDTH,
+    LENGTH,
+    VOCABULARY,
+    WIDTH,
+    language_model,
+    mom_layer,
+)
 
 import keras_mom  # noqa: E402
-
-BATCH, LENGTH, WIDTH, HEADS, HEAD_DIM = 8, 2048, 1024, 8, 128
-DEPTH, INNER_WIDTH, VOCABULARY = 24, 2048, 32_000
-
-
-def mom_layer(dtype="bfloat16", **options):
-    return keras_mom.MoMLayer(
-        HEADS, HEAD_DIM, dtype=dtype, implementation="triton", **options
-    )
-
-
-def language_model(depth=DEPTH, dtype="bfloat16", batch=None):
-    """Tied embeddings, and pre-norm blocks of MoM and SwiGLU.
-
-    Args:
-        depth: number of blocks.
-        dtype: of weights and activations.
-        batch: if given, the batch size of a model that keeps its state.
-    """
-    layers = keras.layers
-    dense = dict(use_bias=False, dtype=dtype)
-    embedding = layers.ReversibleEmbedding(VOCABULARY, WIDTH, dtype=dtype)
-    tokens = keras.Input(batch_shape=(batch, None), dtype="int32")
-    x = embedding(tokens)
-    for _ in range(depth):
-        inner = layers.RMSNormalization(dtype=dtype)(x)
-        x = x + mom_layer(dtype, stateful=batch is not None)(inner)
-        inner = layers.RMSNormalization(dtype=dtype)(x)
-        gate = layers.Dense(INNER_WIDTH, activation="silu", **dense)(inner)
-        inner = gate * layers.Dense(INNER_WIDTH, **dense)(inner)
-        x = x + layers.Dense(WIDTH, **dense)(inner)
-    x = layers.RMSNormalization(dtype=dtype)(x)
-    return keras.Model(tokens, embedding(x, reverse=True))
 
 
 def release():

@@ -27,10 +27,14 @@ class _Chunks:
         self.dtypes = [None if x is None else x.dtype for x in rows]
         self.key_dim, self.value_dim = rows[0].shape[-1], rows[2].shape[-1]
         self.kernels: Any = _kernels(kernels)
-        rows = [None if x is None else x.astype("float32") for x in rows]
-        self.log_decay = rows[3]
+        query, key, value, log_decay, beta = (
+            None if x is None else x.astype("float32") for x in rows
+        )
+        self.log_decay = log_decay
         algebra = ChunkAlgebra(jax_arrays.EXACT)
-        self.block = ChunkFactors(algebra, options, *rows, self.resets)
+        self.block = ChunkFactors(
+            algebra, options, query, key, value, log_decay, beta, self.resets
+        )
         self.merge = algebra.merge_chunks
         self.product = algebra.optional_product
         weights = self.block.reading_weights() if self.block.delta else None

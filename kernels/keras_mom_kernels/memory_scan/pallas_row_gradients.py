@@ -135,10 +135,10 @@ def _pairs_log_decay(plan, products, exclusive):
 
 
 def _place(refs, launch):
-    """K block, its channels, and batch row, chunk and head of a program."""
+    """K block, its channels, how many, and batch row, chunk and head of a program."""
     block, head, chunk, row = (pl.program_id(axis) for axis in range(4))
     size = min(launch.block_k, refs["key"].shape[-1])
-    return block, pl.ds(block * size, size), (row, chunk, head)
+    return block, pl.ds(block * size, size), size, (row, chunk, head)
 
 
 def _value_blocks(refs, launch, step, carry):
@@ -155,7 +155,7 @@ def _value_blocks(refs, launch, step, carry):
 def through_states(plan, refs):
     """Gradients of a chunk's rows but for what comes through the solve."""
     launch = plan.config.gradients
-    block, channels, place = _place(refs, launch)
+    block, channels, count, place = _place(refs, launch)
     row, chunk, head = place
     size, everything = plan.size, slice(None)
     keys = (row, chunk, everything, head, channels)
@@ -177,9 +177,9 @@ def through_states(plan, refs):
         pairs += plan.dot(out, wrote, right=True)
         return dq, dk, pairs, held
 
-    rows = jnp.zeros((size, channels.size), jnp.float32)
+    rows = jnp.zeros((size, count), jnp.float32)
     pairs = jnp.zeros((size, size), jnp.float32)
-    held = jnp.zeros((channels.size,), jnp.float32)
+    held = jnp.zeros((count,), jnp.float32)
     dq, dk, pairs, held = _value_blocks(refs, launch, step, (rows, rows, pairs, held))
     query, key = plan.operand(refs["query"][keys]), plan.operand(refs["key"][keys])
     dq *= (into_query * plan.scale)[:, None]
@@ -208,7 +208,7 @@ def through_states(plan, refs):
 def through_solve(plan, refs):
     """Gradients of keys through the solve, of `beta` and of the values."""
     launch = plan.config.solve_gradients
-    block, channels, place = _place(refs, launch)
+    block, channels, count, place = _place(refs, launch)
     row, chunk, head = place
     size, everything = plan.size, slice(None)
     keys = (row, chunk, everything, head, channels)
@@ -236,7 +236,7 @@ def through_solve(plan, refs):
             refs["value_grad"][tile] = product.astype(refs["value_grad"].dtype)
         return dk, erase, own, wrote_own
 
-    dk = jnp.zeros((size, channels.size), jnp.float32)
+    dk = jnp.zeros((size, count), jnp.float32)
     erase = jnp.zeros((size, size), jnp.float32)
     none = jnp.zeros((size,), jnp.float32)
     carry = (dk, erase, none, none)

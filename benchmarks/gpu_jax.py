@@ -1,0 +1,191 @@
+"""Checks the Pallas kernels against float64 on a GPU, then times them.
+
+    PYTHONPATH=.:kernels python benchmarks/gpu_jax.py check   every configuration
+    PYTHONPATH=.:kernels python benchmarks/gpu_jax.py time    the scan
+    PYTHONPATH=.:kernels python benchmarks/gpu_jax.py layer   MoMLayer
+    PYTHONPATH=.:kernels python benchmarks/gpu_jax.py model   24 layers
+    PYTHONPATH=.:kernels python benchmarks/gpu_jax.py         all of these
+
+The counterpart of `gpu.py`, with torch beside it: it draws the inputs and computes the
+recurrence, and the Triton kernels are timed in the same process. `time` needs Keras for
+the portable form, `layer` and `model` for the layer.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from typing import Any
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+# The GPU is shared with torch, and with other processes.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import torch  # noqa: E402
+from gpu_checks import run_checks  # noqa: E402
+from gpu_scan import (  # noqa: E402
+    Times,
+    aligned,
+    compare,
+    kernel_time,
+    measure,
+    packed_scan,
+    report,
+    shapes,
+    timing_inputs,
+)
+
+from keras_mom_kernels.memory_scan.jax import memory_scan  # noqa: E402
+
+
+def array(x):
+    """A torch tensor as JAX' own."""
+    return jnp.asarray(jax.dlpack.from_dlpack(x.detach().contiguous()))
+
+
+def tensor(x):
+    return torch.from_dlpack(x)
+
+
+def run_pallas(inputs, cotangents, borders, options):
+    """Output, state and gradients by name, of the Pallas kernels."""
+    torch.cuda.synchronize()
+    borders = array(borders)
+
+    @jax.jit
+    def both(inputs, cotangents):
+        results, pull = jax.vjp(
+            lambda x: memory_scan(**x, cu_seqlens=borders, **options), inputs
+        )
+        return *results, pull(cotangents)[0]
+
+    floats = {name: array(x) for name, x in inputs.items()}
+    output, state, grads = both(floats, tuple(array(x) for x in cotangents))
+    jax.block_until_ready((output, state, grads))
+    return (
+        tensor(output),
+        tensor(state),
+        {name: tensor(x) for name, x in grads.items()},
+    )
+
+
+def milliseconds(function, repeats=20, rounds=7):
+    """Median over rounds of a call's time, as the host launches calls in a row."""
+    jax.block_until_ready(function())
+    found = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        for _ in range(repeats):
+            result = function()
+        jax.block_until_ready(result)
+        found.append((time.perf_counter() - started) / repeats * 1e3)
+    return statistics.median(found)
+
+
+def compiled(function, *arguments):
+    """A compiled function, the seconds it took, and the MiB that it needs."""
+    started = time.perf_counter()
+    program = jax.jit(function).lower(*arguments).compile()
+    seconds = time.perf_counter() - started
+    analysis: Any = program.memory_analysis()
+    memory = analysis.temp_size_in_bytes + analysis.output_size_in_bytes
+    return program, seconds, memory / 2**20
+
+
+def measure_jax(function, inputs):
+    """`Times` of a scan, and the seconds that forward and both take to compile."""
+    cotangent = jnp.ones_like(inputs["value"])
+
+    def both(inputs, cotangent):
+        output, pull = jax.vjp(lambda x: function(**x), inputs)
+        return pull(cotangent.astype(output.dtype))[0]
+
+    ahead, ahead_seconds, _ = compiled(lambda x: function(**x), inputs)
+    total, total_seconds, memory = compiled(both, inputs, cotangent)
+    calls = (lambda: ahead(inputs)), (lambda: total(inputs, cotangent))
+    waited = [lambda call=call: jax.block_until_ready(call()) for call in calls]
+    (first, second), kernels = map(milliseconds, calls), map(kernel_time, waited)
+    print(f"{'':24} compiled in {ahead_seconds:.1f} and {total_seconds:.1f} s")
+    return Times(first, second, *kernels, memory=memory)
+
+
+def portable(**packing):
+    """The portable form, as a function of the scan's float tensors."""
+    from keras_mom import ops
+    from keras_mom.ops.dispatch import dispatch
+    from keras_mom.ops.memory_scan import AlignedSegments
+
+    if "cu_seqlens" in packing:
+        return lambda **x: ops.memory_scan(**x, **packing, implementation="portable")
+    segments = AlignedSegments(packing["chunk_offsets"], 64, 1, None)
+
+    def scan(query, key, value, **options):
+        rest = dict(cu_seqlens=None, aligned=segments, initial_state=None)
+        rest |= dict(write="delta", erase_before_decay=False, decay_axis="key")
+        rest |= dict(scale=query.shape[-1] ** -0.5)
+        rows = query, key, value
+        return dispatch("memory_scan", "portable", *rows, **options, **rest)[0]
+
+    return scan
+
+
+def run_timings(names, with_portable):
+    print(torch.cuda.get_device_name(), "jax", jax.__version__, torch.__version__)
+    known = shapes()
+    for name in names or known:
+        shape = known[name]
+        inputs, borders = timing_inputs(shape)
+        forms = {name: (inputs, dict(cu_seqlens=borders))}
+        if len(shape.lengths) > 1:
+            padded, offsets = aligned(shape, inputs)
+            forms[f"{name}, aligned"] = padded, dict(chunk_offsets=offsets)
+        for form, (tensors, packing) in forms.items():
+            torch.cuda.synchronize()
+            arrays = {name: array(x) for name, x in tensors.items()}
+            places = {name: array(x) for name, x in packing.items()}
+
+            def scan(places=places, **x):
+                return memory_scan(**x, **places)[0]
+
+            ours = measure_jax(scan, arrays)
+            report(f"{form}, Pallas", shape, ours)
+            theirs = measure(packed_scan(**packing), tensors)
+            report(f"{form}, Triton", shape, theirs)
+            compare("Pallas", ours, "Triton", theirs)
+            if with_portable:
+                theirs = measure_jax(portable(**places), arrays)
+                report(f"{form}, portable", shape, theirs)
+                compare("Pallas", ours, "the portable form", theirs)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    steps = ("check", "time", "layer", "model")
+    parser.add_argument("what", choices=steps, nargs="*", default=steps)
+    parser.add_argument("--workers", type=int, default=12)
+    parser.add_argument("--shapes", nargs="*", choices=tuple(shapes()), default=())
+    parser.add_argument("--portable", action="store_true", help="time it beside")
+    arguments = parser.parse_args()
+    if jax.default_backend() != "gpu":
+        sys.exit("This needs a GPU.")
+    failed = 0
+    if "check" in arguments.what:
+        failed = run_checks(arguments.workers, run_pallas)
+    if "time" in arguments.what:
+        run_timings(arguments.shapes, arguments.portable)
+    if "layer" in arguments.what:
+        from gpu_jax_layer import run_layer
+
+        run_layer(arguments.portable)
+    if "model" in arguments.what:
+        from gpu_jax_layer import run_model
+
+        run_model()
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
