@@ -14,7 +14,7 @@ import torch
 from jax._src.mesh import AbstractDevice
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
-from keras_mom_kernels.memory_scan import reference
+from keras_mom_kernels.memory_scan import pallas_splits, reference
 from keras_mom_kernels.memory_scan.jax import memory_scan
 from keras_mom_kernels.memory_scan.shapes import CASES, Case, make_inputs
 
@@ -193,6 +193,33 @@ def test_states_of_empty_segments_pass_through(kernels):
     )
     np.testing.assert_array_equal(states[:, 1], initial[:, 1])
     np.testing.assert_array_equal(gradients["initial_state"], cotangent)
+
+
+@pytest.mark.parametrize("exclusive", (False, True))
+def test_splits_of_long_segments(monkeypatch, exclusive):
+    """On the kernels of GPUs, which cut a few long segments into splits."""
+    # 2 batch rows of 7 chunks of 16 rows: segments of 5, 0 and 2, and of 1, 6 and 0.
+    offsets = jnp.array([[0, 5, 5, 7], [0, 1, 7, 7]], "int32")
+    resets = np.zeros((2, 112), "int32")
+    resets[0, 40] = resets[1, 20] = 1
+    case = Case("", T=112, H=2, K=16, V=16, initial_state=False)
+    inputs = {name: jnp.asarray(x) for name, x in make_inputs(case).items()}
+    random = np.random.default_rng(1)
+    initial = random.normal(size=(2, 3, 2, 16, 16))
+    inputs |= dict(
+        initial_state=jnp.asarray(initial, "float32"),
+        chunk_offsets=offsets,
+        resets=jnp.asarray(resets),
+    )
+    cotangents = random.normal(size=(2, 112, 2, 16)), random.normal(size=initial.shape)
+    options = dict(chunk_size=16, erase_before_decay=exclusive)
+    whole = with_gradients("gpu", inputs, cotangents, **options)
+    monkeypatch.setattr(pallas_splits, "split_length", lambda *shapes: 2)
+    cut = with_gradients("gpu", inputs, cotangents, **options)
+    for x, y in zip(cut[0], whole[0]):
+        assert 0 < error(x, y) <= 1e-6
+    for name, y in whole[1].items():
+        assert error(cut[1][name], y) <= 1e-5, name
 
 
 def test_vmap_and_checkpoint():

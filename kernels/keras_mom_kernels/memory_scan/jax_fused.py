@@ -20,6 +20,11 @@ from keras_mom_kernels.memory_scan.chunk_algebra import (
 from keras_mom_kernels.memory_scan.configurations import configuration
 from keras_mom_kernels.memory_scan.pallas_common import Plan
 from keras_mom_kernels.memory_scan.pallas_prepare import prepare
+from keras_mom_kernels.memory_scan.pallas_splits import (
+    gradients_behind,
+    make_splits,
+    states_before,
+)
 
 _ALGEBRA = ChunkAlgebra(jax_arrays.EXACT)
 
@@ -39,21 +44,34 @@ def forward(how, *tensors):
             state, of aligned rows.
     """
     chunks = _Chunks(how, tensors)
-    results = pallas_scan.forward(chunks.plan, chunks.tensors, False)
-    output = chunks.rows(results["output"], chunks.value_dim)
-    return (output, chunks.states(results["final"])), tensors
+    plan, known = chunks.plan, chunks.tensors
+    splits = make_splits(plan, known)
+    if splits is None:
+        results = pallas_scan.forward(plan, known, "output", "final")
+        output, final = results["output"], results["final"]
+    else:
+        before, final = states_before(plan, known, splits)
+        known |= dict(offsets=splits.offsets, initial=before)
+        output = pallas_scan.forward(plan, known, "output")["output"]
+    return (chunks.rows(output, chunks.value_dim), chunks.states(final)), tensors
 
 
 def backward(how, tensors, output_grad, final_grad):
     """Gradients of all that `forward` takes; None of integers."""
     chunks = _Chunks(how, tensors)
-    plan = chunks.plan
-    known = chunks.tensors
+    plan, known = chunks.plan, chunks.tensors
     known["output_grad"] = chunks.split(output_grad, chunks.value_width)
-    known |= pallas_scan.forward(plan, known, True)
-    known |= pallas_scan.backward(
-        plan, known, known["output_grad"], chunks.padded_states(final_grad)
-    )
+    known["final_grad"] = chunks.padded_states(final_grad)
+    splits = make_splits(plan, known)
+    wanted = ["state_grads", "write_grads"]
+    if splits is None:
+        wanted.append("initial_grad")
+    else:
+        behind, known["initial_grad"] = gradients_behind(plan, known, splits)
+        before, _ = states_before(plan, known, splits)
+        known |= dict(offsets=splits.offsets, initial=before, final_grad=behind)
+    known |= pallas_scan.forward(plan, known, "states", "writes")
+    known |= pallas_scan.backward(plan, known, *wanted)
     grads = pallas_row_gradients.row_gradients(plan, known)
     query, key, value, log_decay, beta, _, _, initial = tensors
     return (

@@ -17,8 +17,8 @@ from keras_mom_kernels.memory_scan.pallas_common import call, head_decays, squar
 _DECAYS = ("coarse", "fine", "key_coarse", "key_fine", "counts")
 
 
-def forward(plan, tensors, keep):
-    """Outputs and final states; or with `keep` what the backward pass needs of them.
+def forward(plan, tensors, *wanted):
+    """Hands states on, and returns those of these results that are wanted.
 
     Args:
         plan: `Plan`.
@@ -26,61 +26,72 @@ def forward(plan, tensors, keep):
             `beta`, and the parts of the decays, float32 `[B, G, H, C]`, `counts` of
             resets, int32 `[B, G, C]`, `offsets` `[B, S + 1]`, `initial` float32
             `[B, S, H, K, V]`, and what `prepare` returns. None for those that a call
-            does not have.
-        keep: whether to return the states before each chunk and what rows write.
+            does not have; without `value`, values are zeros.
+        wanted: `"output"` `[B, G, C, H, V]` of the values' dtype; `"final"`, float32
+            `[B, S, H, K, V]`; and in the dtype of operands `"states"` before each
+            chunk, `[B, G, H, K, V]`, and `"writes"`, what rows write,
+            `[B, G, C, H, V]`.
 
     Returns:
-        Dict: `output` `[B, G, C, H, V]` and `final` `[B, S, H, K, V]`; or `states`
-        `[B, G, H, K, V]` and `writes` `[B, G, C, H, V]`, in the dtype of operands.
+        Dict.
     """
-    launch = plan.config.states if keep else plan.config.scan
-    value, states, final, grid = _sizes(tensors, launch)
-    if keep:
-        outputs = dict(
-            states=jax.ShapeDtypeStruct(states, plan.narrow),
-            writes=jax.ShapeDtypeStruct(value.shape, plan.narrow),
-        )
-    else:
-        outputs = dict(
-            output=jax.ShapeDtypeStruct(value.shape, value.dtype),
-            final=jax.ShapeDtypeStruct(final, jnp.float32),
-        )
-    names = ("key", "value", "beta", *_DECAYS, "inverse", "offsets", "initial")
-    if not keep:
-        names += ("query", "attention")
+    value = tensors["value"]
+    names = ["key", "value", "beta", *_DECAYS, "inverse", "offsets", "initial"]
+    if "output" in wanted:
+        names += ["query", "attention"]
+    launch = plan.config.scan if "output" in wanted else plan.config.states
+    width = tensors["initial" if value is None else "value"].shape[-1]
+    states, final, grid = _sizes(tensors, width, launch)
+    outputs = dict(
+        output=None
+        if value is None
+        else jax.ShapeDtypeStruct(value.shape, value.dtype),
+        final=jax.ShapeDtypeStruct(final, jnp.float32),
+        states=jax.ShapeDtypeStruct(states, plan.narrow),
+        writes=None
+        if value is None
+        else jax.ShapeDtypeStruct(value.shape, plan.narrow),
+    )
     inputs = {name: tensors.get(name) for name in names}
+    outputs = {name: outputs[name] for name in wanted}
     return call(scan_chunks, plan, launch, grid, inputs, outputs)
 
 
-def backward(plan, tensors, output_grad, final_grad):
-    """Gradients of the states behind chunks, of the writes, and of first states.
+def backward(plan, tensors, *wanted):
+    """Hands gradients of states back, and returns those of these results wanted.
+
+    Args:
+        plan: `Plan`.
+        tensors: dict of what `forward` takes, but for `initial`, and `output_grad`
+            and `final_grad`, or None for zeros.
+        wanted: `"state_grads"`, of the states behind each chunk, `[B, G, H, K, V]` in
+            the dtype of operands; `"write_grads"`, what the solve hands back,
+            `[B, G, C, H, V]` in that of the values; `"initial_grad"`, of first
+            states, float32 `[B, S, H, K, V]`.
 
     Returns:
-        Dict: `state_grads` `[B, G, H, K, V]` in the dtype of operands, `write_grads`
-        `[B, G, C, H, V]`, what the solve hands back, in that of the values, and
-        `initial_grad` float32 `[B, S, H, K, V]`.
+        Dict.
     """
-    launch = plan.config.reverse
-    value, states, final, grid = _sizes(tensors, launch)
+    launch, value = plan.config.reverse, tensors["value"]
+    states, final, grid = _sizes(tensors, value.shape[-1], launch)
     outputs = dict(
         state_grads=jax.ShapeDtypeStruct(states, plan.narrow),
         write_grads=jax.ShapeDtypeStruct(value.shape, value.dtype),
         initial_grad=jax.ShapeDtypeStruct(final, jnp.float32),
     )
     names = ("query", "key", "beta", *_DECAYS, "attention", "inverse", "offsets")
-    inputs = {name: tensors.get(name) for name in names}
-    inputs |= dict(output_grad=output_grad, final_grad=final_grad)
+    inputs = {name: tensors.get(name) for name in (*names, "output_grad", "final_grad")}
+    outputs = {name: outputs[name] for name in wanted}
     return call(scan_gradients, plan, launch, grid, inputs, outputs)
 
 
-def _sizes(tensors, launch):
-    """Value, shapes of states and of final states, and the grid."""
-    value, offsets = tensors["value"], tensors["offsets"]
-    batch, chunks, _, heads, width = value.shape
-    segments, key_dim = offsets.shape[1] - 1, tensors["key"].shape[-1]
-    state = (heads, key_dim, width)
+def _sizes(tensors, width, launch):
+    """Shapes of states and of final states, and the grid, for V channels."""
+    key, offsets = tensors["key"], tensors["offsets"]
+    batch, chunks, _, heads, key_dim = key.shape
+    segments, state = offsets.shape[1] - 1, (heads, key_dim, width)
     grid = (width // min(launch.block_v, width), heads, batch * segments)
-    return value, (batch, chunks, *state), (batch, segments, *state), grid
+    return (batch, chunks, *state), (batch, segments, *state), grid
 
 
 def _program(refs, block):
@@ -99,9 +110,9 @@ def _program(refs, block):
 
 def scan_chunks(plan, refs):
     """Hands the state of a segment's head from chunk to chunk."""
-    keep = "states" in refs
-    launch = plan.config.states if keep else plan.config.scan
-    key_dim, width = refs["key"].shape[-1], refs["value"].shape[-1]
+    launch = plan.config.scan if "output" in refs else plan.config.states
+    key_dim = refs["key"].shape[-1]
+    width = refs["value" if "value" in refs else "initial"].shape[-1]
     block = min(launch.block_v, width)
     values, head, row, segment, begin, end = _program(refs, block)
     everything = slice(None)
@@ -113,12 +124,14 @@ def scan_chunks(plan, refs):
         keys = (row, chunk, everything, head, everything)
         tile = (row, chunk, everything, head, values)
         key, before = plan.operand(refs["key"][keys]), plan.operand(state)
-        if keep:
+        if "states" in refs:
             refs["states"][(*place, everything, values)] = before
         into_query, into_key, to_end, whole = head_decays(plan, refs, place)
 
         # What each row writes.
-        write = refs["value"][tile].astype(jnp.float32)
+        write = jnp.zeros((plan.size, block), jnp.float32)
+        if "value" in refs:
+            write = refs["value"][tile].astype(jnp.float32)
         if plan.delta:
             write -= plan.dot(key, before) * into_key[:, None]
         if "beta" in refs:
@@ -127,9 +140,9 @@ def scan_chunks(plan, refs):
             write = square(plan, "inverse", refs, place, write)
 
         # What each row reads.
-        if keep:
-            refs["writes"][tile] = write.astype(plan.narrow)
-        else:
+        if "writes" in refs:
+            refs["writes"][tile] = plan.operand(write)
+        if "output" in refs:
             query = plan.operand(refs["query"][keys])
             out = plan.dot(query, before) * into_query[:, None]
             out += square(plan, "attention", refs, place, write)
@@ -148,13 +161,13 @@ def scan_chunks(plan, refs):
     if "initial" in refs:
         state = refs["initial"][final]
     state = jax.lax.fori_loop(0, end - begin, step, state)
-    if not keep:
+    if "final" in refs:
         refs["final"][final] = state
 
 
 def scan_gradients(plan, refs):
     """Hands the gradient of a segment's state back from chunk to chunk."""
-    key_dim, width = refs["key"].shape[-1], refs["write_grads"].shape[-1]
+    key_dim, width = refs["key"].shape[-1], refs["output_grad"].shape[-1]
     block = min(plan.config.reverse.block_v, width)
     values, head, row, segment, begin, end = _program(refs, block)
     everything = slice(None)
@@ -166,7 +179,8 @@ def scan_gradients(plan, refs):
         keys = (row, chunk, everything, head, everything)
         tile = (row, chunk, everything, head, values)
         next_grad = plan.operand(state_grad)
-        refs["state_grads"][(*place, everything, values)] = next_grad
+        if "state_grads" in refs:
+            refs["state_grads"][(*place, everything, values)] = next_grad
         into_query, into_key, to_end, whole = head_decays(plan, refs, place)
 
         # Gradient of what each row writes, from the outputs and the state.
@@ -176,7 +190,8 @@ def scan_gradients(plan, refs):
         grad += plan.dot(key, next_grad) * to_end[:, None]
         if plan.delta:
             grad = square(plan, "inverse", refs, place, grad, True)
-        refs["write_grads"][tile] = grad.astype(refs["write_grads"].dtype)
+        if "write_grads" in refs:
+            refs["write_grads"][tile] = grad.astype(refs["write_grads"].dtype)
 
         # Gradient of the state before the chunk.
         query = plan.operand(refs["query"][keys])
@@ -194,4 +209,5 @@ def scan_gradients(plan, refs):
     if "final_grad" in refs:
         state_grad = refs["final_grad"][final]
     state_grad = jax.lax.fori_loop(0, end - begin, step, state_grad)
-    refs["initial_grad"][final] = state_grad
+    if "initial_grad" in refs:
+        refs["initial_grad"][final] = state_grad
