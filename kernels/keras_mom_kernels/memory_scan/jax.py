@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from keras_mom_kernels.jax_partitioning import by_shards
 from keras_mom_kernels.memory_scan import jax_factors, jax_fused
 from keras_mom_kernels.memory_scan.chunked_scan import ScanOptions
 
@@ -181,6 +182,22 @@ def _packed(scan, size, rows, cu_seqlens, initial_state):
     return moved(output, target), state[0]
 
 
+# Axes of what the scan of aligned rows takes, and of its results.
+_AXES = (
+    "batch time heads key",
+    "batch time heads key",
+    "batch time heads value",
+    "batch time heads channels",
+    "batch time heads",
+    "batch time",
+    "batch borders",
+    "batch segments heads key value",
+)
+_RESULTS = "batch time heads value", "batch segments heads key value"
+# Without a gradient: resets and offsets.
+_INTEGERS = (5, 6)
+
+
 @functools.cache
 def _function(options, kernels, fused, interpret, dtype):
     """The scan of aligned rows with its gradient.
@@ -190,9 +207,33 @@ def _function(options, kernels, fused, interpret, dtype):
     """
     form: Any = jax_fused if fused else jax_factors
     how = form.plan(options, kernels, interpret, dtype)
-    function = jax.custom_vjp(lambda *tensors: form.forward(how, *tensors)[0])
-    function.defvjp(
-        lambda *tensors: form.forward(how, *tensors),
-        lambda kept, gradients: form.backward(how, kept, *gradients),
-    )
+
+    def forward(*tensors):
+        run = functools.partial(form.forward, how)
+        output, final, *kept = by_shards(run, _axes(tensors), _RESULTS + form.KEPT)(
+            *tensors
+        )
+        return (output, final), (tensors, kept)
+
+    def backward(residuals, gradients):
+        tensors, kept = residuals
+        axes = _axes(tensors)
+        results = [
+            None if x is None or i in _INTEGERS else axes[i]
+            for i, x in enumerate(tensors)
+        ]
+        run = functools.partial(form.backward, how)
+        operands = (*_RESULTS, *form.KEPT, *axes)
+        return by_shards(run, operands, results)(*gradients, *kept, *tensors)
+
+    function = jax.custom_vjp(lambda *tensors: forward(*tensors)[0])
+    function.defvjp(forward, backward)
     return function
+
+
+def _axes(tensors):
+    """The names of all axes; a log decay may be one a head."""
+    axes, log_decay = list(_AXES), tensors[3]
+    if log_decay is not None and log_decay.ndim == 3:
+        axes[3] = "batch time heads"
+    return tuple(axes)

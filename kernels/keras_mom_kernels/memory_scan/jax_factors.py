@@ -17,6 +17,9 @@ from keras_mom_kernels.memory_scan.chunk_algebra import (
 )
 from keras_mom_kernels.memory_scan.chunk_factors import ChunkFactors
 
+# Axes of what `forward` returns for `backward`.
+KEPT = ("batch chunks heads key value",)
+
 
 class _Chunks:
     """All chunks' factors, as the kernels take them."""
@@ -93,12 +96,11 @@ def forward(how, *tensors):
         )
         states, final = (chunks.cut(x, True) for x in (states, final))
         output = block.output(states, chunks.cut(written, False))
-        return (chunks.merge(output), final), (tensors, states)
+        return chunks.merge(output), final, states
 
 
-def backward(how, kept, output_gradient, final_gradient):
-    """As `jax_fused.backward`."""
-    tensors, states = kept
+def backward(how, output_gradient, final_gradient, states, *tensors):
+    """As `jax_fused.backward`, behind the states before each chunk."""
     with jax.default_matmul_precision("highest"):
         chunks = _Chunks(how, tensors)
         block = chunks.block

@@ -26,6 +26,8 @@ from keras_mom_kernels.memory_scan.pallas_splits import (
     states_before,
 )
 
+# Axes of what `forward` returns for `backward`.
+KEPT = ()
 _ALGEBRA = ChunkAlgebra(jax_arrays.EXACT)
 
 
@@ -36,7 +38,7 @@ def plan(options, kernels, interpret, dtype):
 
 
 def forward(how, *tensors):
-    """Output and final state, and what `backward` keeps.
+    """Output and final state, and what `backward` takes beside all that goes in here.
 
     Args:
         how: what `plan` returned.
@@ -53,10 +55,10 @@ def forward(how, *tensors):
         before, final = states_before(plan, known, splits)
         known |= dict(offsets=splits.offsets, initial=before)
         output = pallas_scan.forward(plan, known, "output")["output"]
-    return (chunks.rows(output, chunks.value_dim), chunks.states(final)), tensors
+    return chunks.rows(output, chunks.value_dim), chunks.states(final)
 
 
-def backward(how, tensors, output_grad, final_grad):
+def backward(how, output_grad, final_grad, *tensors):
     """Gradients of all that `forward` takes; None of integers."""
     chunks = _Chunks(how, tensors)
     plan, known = chunks.plan, chunks.tensors

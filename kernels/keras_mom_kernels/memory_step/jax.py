@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from keras_mom_kernels.jax_partitioning import by_shards
 from keras_mom_kernels.memory_scan.jax import check_served, platform
 from keras_mom_kernels.memory_step.pallas_step import step_memories
 
@@ -86,12 +87,33 @@ def memory_step(
     return _function(rule, interpret)(*rows, active, state)
 
 
+# Axes of what `step_memories` takes, and of its results.
+_AXES = (
+    "batch memories heads key",
+    "batch memories heads key",
+    "batch memories heads value",
+    "batch memories heads channels",
+    "batch memories heads",
+    "batch memories",
+    "batch memories",
+    "batch memories heads key value",
+)
+_RESULTS = "batch heads value", "batch memories heads key value"
+
+
 @functools.cache
 def _function(rule, interpret):
     """The kernel with the gradient of the products."""
 
+    def step(*tensors):
+        axes, log_decay = list(_AXES), tensors[3]
+        if log_decay is not None and log_decay.ndim == 3:
+            axes[3] = "batch memories heads"
+        run = functools.partial(step_memories, rule, interpret)
+        return by_shards(run, axes, _RESULTS)(*tensors)
+
     def forward(*tensors):
-        return step_memories(rule, interpret, *tensors), tensors
+        return step(*tensors), tensors
 
     def backward(tensors, gradients):
         *rows, active, state = tensors
@@ -100,7 +122,7 @@ def _function(rule, interpret):
         state_grad, *grads = pull(gradients)
         return *grads, None, state_grad
 
-    function: Any = jax.custom_vjp(functools.partial(step_memories, rule, interpret))
+    function: Any = jax.custom_vjp(step)
     function.defvjp(forward, backward)
     return function
 

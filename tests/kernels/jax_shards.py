@@ -1,0 +1,107 @@
+"""Run by `test_jax_partitioning.py`: the Pallas kernels on eight devices of a CPU.
+
+Each device computes its batch rows and heads, and nothing is gathered. The argument is
+`shardy` or `gspmd`, XLA's partitioner.
+"""
+
+import os
+import sys
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from keras_mom_kernels.memory_scan.jax import memory_scan
+from keras_mom_kernels.memory_scan.shapes import Case, make_inputs
+from keras_mom_kernels.memory_step import shapes as step_shapes
+from keras_mom_kernels.memory_step.jax import memory_step
+
+BATCH, HEADS = 4, 2
+FAST_COMPILE = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}
+MESH = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
+GATHERS = ("all-gather", "all-to-all", "all-reduce", "collective-permute")
+
+
+def shard(x, heads_axis):
+    axes: list = [None] * x.ndim
+    axes[0], axes[heads_axis] = "data", "model"
+    return jax.device_put(x, NamedSharding(MESH, PartitionSpec(*axes)))
+
+
+def check(name, function, inputs, heads_axes):
+    """The sharded call gives what one device gives, and moves nothing."""
+    program = jax.jit(function, compiler_options=FAST_COMPILE)
+    expected = program(inputs)
+    sharded = {name: shard(x, heads_axes.get(name, 2)) for name, x in inputs.items()}
+    text = program.lower(sharded).compile().as_text()
+    moved = [what for what in GATHERS if what in text]
+    assert not moved, (name, moved)
+    results = program(sharded)
+    for x, y in zip(jax.tree.leaves(results), jax.tree.leaves(expected), strict=True):
+        assert len(x.sharding.device_set) == 8
+        assert x.addressable_shards[0].data.size == x.size // 8, name
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5, err_msg=name)
+    print(name, "ok", flush=True)
+
+
+def scan_and_gradients(inputs):
+    def scan(inputs):
+        return memory_scan(**inputs, kernels="gpu", interpret=True)
+
+    results, pull = jax.vjp(scan, inputs)
+    return results, pull(jax.tree.map(jnp.cos, results))[0]
+
+
+def check_scans():
+    for decay in ("head", "channel"):
+        case = Case("", B=BATCH, T=70, H=HEADS, K=16, V=16, decay=decay)
+        inputs = {name: jnp.asarray(x) for name, x in make_inputs(case).items()}
+        check(decay, scan_and_gradients, inputs, {"initial_state": 1})
+
+
+def check_vmap():
+    case = Case("", B=2 * BATCH, T=20, H=HEADS, K=16, V=16, initial_state=False)
+    inputs = {
+        name: jnp.asarray(x).reshape(BATCH, 2, *x.shape[1:])
+        for name, x in make_inputs(case).items()
+    }
+    mapped = jax.vmap(scan_and_gradients)
+    results, expected = (
+        jax.jit(f, compiler_options=FAST_COMPILE)(inputs)
+        for f in (mapped, lambda x: jax.lax.map(scan_and_gradients, x))
+    )
+    for x, y in zip(jax.tree.leaves(results), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+    print("vmap ok", flush=True)
+
+
+def check_step():
+    case = step_shapes.Case("", B=BATCH, H=HEADS, decay="head")
+    token = step_shapes.make_tokens(case)[0]
+    active = jnp.asarray(token.pop("active"))
+    token.pop("projected")
+    inputs = {name: jnp.asarray(x, "float32") for name, x in token.items()}
+    weights = inputs.pop("weights")
+    inputs["state"] = jnp.asarray(step_shapes.make_state(case)[0], "float32")
+
+    def step(inputs):
+        return memory_step(
+            **inputs, weights=weights, active=active, kernels="gpu", interpret=True
+        )
+
+    check("step", step, inputs, {})
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "gspmd":
+        jax.config.update("jax_use_shardy_partitioner", False)
+    check_scans()
+    check_step()
+    check_vmap()
