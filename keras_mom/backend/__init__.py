@@ -17,6 +17,10 @@ Each module of this package offers the same names for one Keras backend:
 - `compiled(function)`: `function(options, *tensors)`, as one program where a call
   outside of a compiled function would compile every operation for itself. Options are
   hashable; tensors and results are tuples, named tuples and dicts of tensors and None;
+- `gather_batch(inputs, index)`: `[B, R, E]` of the rows `index` int32 `[B, R]`, none
+  of them negative, of each batch row of `[B, S, E]`;
+- `fill_batch(size, index, values)`: int32 `[B, size]`, in each batch row `values` at
+  the places `index`, both int32 `[B, N]`, and -1 elsewhere; those at `size` go nowhere;
 - `full_precision()`: a context in which float32 products are float32 products;
 - `accelerator()`: the kind of accelerator in use, or None on a CPU;
 - `is_concrete(tensor)`: whether the values can be read without a device sync;
@@ -45,6 +49,8 @@ else:
 Differentiable = _implementation.Differentiable
 accelerator = _implementation.accelerator
 compiled = _implementation.compiled
+fill_batch = _implementation.fill_batch
+gather_batch = _implementation.gather_batch
 full_precision = _implementation.full_precision
 is_concrete = _implementation.is_concrete
 scan = _implementation.scan
@@ -57,7 +63,9 @@ __all__ = [
     "accelerator",
     "block_elements",
     "compiled",
+    "fill_batch",
     "full_precision",
+    "gather_batch",
     "is_concrete",
     "overwrites_variables",
     "scan",

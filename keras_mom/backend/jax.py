@@ -59,6 +59,17 @@ def compiled(function):
     return jax.jit(function, static_argnums=0)
 
 
+def gather_batch(inputs, index):
+    """See `keras_mom.backend`. Batch rows stay on the device that they are on."""
+    return jax.vmap(lambda x, i: x.at[i].get(mode="promise_in_bounds"))(inputs, index)
+
+
+def fill_batch(size, index, values):
+    """See `keras_mom.backend`. Batch rows stay on the device that they are on."""
+    empty = jax.numpy.full((size,), -1, "int32")
+    return jax.vmap(lambda i, x: empty.at[i].set(x, mode="drop"))(index, values)
+
+
 def full_precision():
     """Context in which a float32 product is not rounded to TF32 or bfloat16."""
     return jax.default_matmul_precision("highest")

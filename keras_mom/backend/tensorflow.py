@@ -4,12 +4,14 @@ from typing import Any
 
 import tensorflow as tf
 
+from keras_mom.backend import flat
 from keras_mom_kernels.memory_scan import tensorflow_arrays
 
 # One loop, one inverse, for Keras' array functions and TensorFlow's.
 scan = tensorflow_arrays.scan
 full_precision = tensorflow_arrays.full_precision
 unit_lower_inverse = tensorflow_arrays.unit_lower_inverse
+gather_batch, fill_batch = flat.gather_batch, flat.fill_batch
 
 
 class Differentiable:

@@ -9,6 +9,10 @@ import torch
 from keras import ops
 from keras.src.backend import in_stateless_scope
 
+from keras_mom.backend import flat
+
+gather_batch, fill_batch = flat.gather_batch, flat.fill_batch
+
 
 def scan(step, carry, length, shapes, reverse=False):
     """See `keras_mom.backend`."""

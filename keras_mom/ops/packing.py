@@ -181,16 +181,9 @@ def _slots(targets, rows):
     """The slot in each row, from the rows of each slot."""
     batch, length, slots = ops.shape(targets)
     slots = length * slots
-    row = ops.arange(batch, dtype="int32")[:, None, None] * rows
-    outside = batch * rows
-    index = select(targets >= 0, targets + row, outside)
+    index = ops.reshape(select(targets >= 0, targets, rows), (batch, slots))
     value = ops.broadcast_to(ops.arange(slots, dtype="int32"), (batch, slots))
-    # Not `ops.full`, which reads its value back on torch.
-    empty = ops.zeros((outside + 1,), "int32") - 1
-    filled = ops.scatter_update(
-        empty, ops.reshape(index, (-1, 1)), ops.reshape(value, (-1,))
-    )
-    return ops.reshape(filled[:-1], (batch, rows))
+    return backend.fill_batch(rows, index, value)
 
 
 @backend.compiled
@@ -270,16 +263,8 @@ def _running_max(index):
     valid = ops.cast(index >= 0, "int32")
     rank = ops.cumsum(valid, axis=1)
     # The r-th valid token's index, by a scatter; ranks without one are never read.
-    batch = ops.shape(index)[0]
-    row = ops.arange(batch, dtype="int32")[:, None] * (length + 1)
-    outside = batch * (length + 1)
-    place = select(valid > 0, rank + row, outside)
-    filled = ops.scatter_update(
-        ops.zeros((outside + 1,), "int32") - 1,
-        ops.reshape(place, (-1, 1)),
-        ops.reshape(index, (-1,)),
-    )
-    return ops.take(filled, rank + row, axis=0)
+    filled = backend.fill_batch(length + 1, select(valid > 0, rank, length + 1), index)
+    return ops.take_along_axis(filled, rank, axis=1)
 
 
 def _one_hot(indices, count):

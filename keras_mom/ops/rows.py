@@ -44,10 +44,7 @@ def take_rows(inputs, index):
 
     For a few rows: the gradient is the framework's own.
     """
-    batch, rows, width = ops.shape(inputs)
-    row = ops.arange(batch, dtype="int32")[:, None]
-    flat = ops.reshape(inputs, (batch * rows, width))
-    taken = ops.take(flat, at_least(index, 0) + row * rows, axis=0)
+    taken = backend.gather_batch(inputs, at_least(index, 0))
     zero = ops.zeros((), inputs.dtype)
     return ops.where(index[..., None] >= 0, taken, zero)
 

@@ -1,0 +1,133 @@
+"""Trains a model on eight devices of a CPU, and on one, on JAX.
+
+Run by `test_distribution.py`, in a process of its own: devices are made at its start.
+The argument says how the model is distributed.
+"""
+
+import os
+import sys
+
+# What is compiled needs not be fast.
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true"
+)
+os.environ["KERAS_BACKEND"] = "jax"
+
+import functools
+import json
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+
+import keras_mom
+
+distribution = keras.distribution
+HEADS, KEY_DIM, LENGTH, WIDTH = 8, 4, 20, 16
+FIT = dict(batch_size=8, epochs=2, shuffle=False, verbose=0)
+KERNELS = sys.argv[1] == "kernels"
+
+
+def make_model():
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((LENGTH, WIDTH))
+    layer = keras_mom.MoMLayer(
+        HEADS,
+        KEY_DIM,
+        num_memories=3,
+        implementation="pallas" if KERNELS else None,
+        # The names of layers count up.
+        name="mo_m_layer_7",
+    )
+    model = keras.Model(inputs, keras.layers.Dense(3)(layer(inputs)))
+    model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=True)
+    return model
+
+
+def data():
+    random = np.random.default_rng(0)
+    inputs = random.normal(size=(8, LENGTH, WIDTH)).astype("float32")
+    return inputs, random.normal(size=(8, LENGTH, 3)).astype("float32")
+
+
+def use_kernels():
+    """The layer's kernels in Pallas' interpreter, as if JAX ran on a GPU."""
+    from keras_mom_kernels.memory_scan import jax as scan_kernels
+
+    scan_kernels.platform = lambda: "gpu"
+    scan_kernels.memory_scan = functools.partial(
+        scan_kernels.memory_scan, kernels="gpu", interpret=True
+    )
+
+
+def outputs_and_gradients(model, inputs, targets):
+    others = [x.value for x in model.non_trainable_variables]
+
+    def loss(weights, inputs):
+        outputs, _ = model.stateless_call(weights, others, inputs)
+        return jnp.mean((outputs - targets) ** 2), outputs
+
+    weights = [x.value for x in model.trainable_variables]
+    program = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (_, outputs), grads = program(weights, inputs)
+    return outputs, grads
+
+
+def assert_close(actual, expected, limit, name):
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+    assert error <= limit, (name, error)
+
+
+def make_distribution(name):
+    devices = distribution.list_devices("cpu")
+    if name == "data":
+        return distribution.DataParallel(devices=devices)
+    shape = (1, 8) if name == "heads" else (2, 4)
+    mesh = distribution.DeviceMesh(shape, ["batch", "model"], devices)
+    layouts = keras_mom.distribution.layout_map(mesh)
+    return distribution.ModelParallel(layout_map=layouts, batch_dim_name="batch")
+
+
+def main(name):
+    if KERNELS:
+        use_kernels()
+    inputs, targets = data()
+    alone = make_model()
+    start = alone.get_weights()
+    expected, expected_grads = outputs_and_gradients(alone, inputs, targets)
+    alone.fit(inputs, targets, **FIT)
+
+    distribution.set_distribution(make_distribution(name))
+    model = make_model()
+    model.set_weights(start)
+    layout = distribution.TensorLayout(
+        ("batch", None, None), distribution.distribution().device_mesh
+    )
+    sharded = distribution.distribute_tensor(jnp.asarray(inputs), layout)
+    outputs, grads = outputs_and_gradients(model, sharded, targets)
+    assert_close(outputs, expected, 1e-5, "outputs")
+    paths = [x.path for x in model.trainable_variables]
+    for path, x, y in zip(paths, grads, expected_grads, strict=True):
+        assert_close(x, y, 1e-4, path)
+    shards = {
+        x.path.split("/", 1)[1]: x.value.size // x.value.addressable_shards[0].data.size
+        for x in model.layers[1].weights
+    }
+    model.fit(inputs, targets, **FIT)
+    for x, y in zip(model.trainable_variables, alone.trainable_variables):
+        assert_close(x.value, y.value, 1e-4, f"trained {x.path}")
+    with tempfile.TemporaryDirectory() as folder:
+        file = f"{folder}/model.keras"
+        model.save(file)
+        distribution.set_distribution(None)
+        loaded = keras.saving.load_model(file)
+    assert_close(loaded.predict(inputs, verbose=0), model(inputs), 1e-5, "loaded")
+    print(json.dumps(shards))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
