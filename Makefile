@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
+# Where libtpu is installed, JAX looks for a TPU: it has an environment of its own.
+TPU_VENV ?= .venv-tpu
 
 # The backend of `make demo`, and the backends of `make test` and `make bench-cpu`.
 BACKEND := $(or $(KERAS_BACKEND),jax)
@@ -24,10 +26,10 @@ test: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 pins_torch := torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench-cpu recall clean
+.PHONY: help demo test lint bench-cpu recall compile-tpu clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo "  make demo KERAS_BACKEND=torch      the demo on another backend (jax, torch, tensorflow)"
 	@echo "  make demo DEMO_ARGS='--steps 50'   options for examples/quickstart.py"
@@ -63,8 +65,11 @@ bench-cpu: $(VENV)/.installed-test ## Time the layer on this machine's CPU, on e
 recall: $(VENV)/.installed-$(BACKEND) ## Train a layer of every update rule on associative recall
 	KERAS_BACKEND=$(BACKEND) $(PY) benchmarks/recall.py $(RECALL_ARGS)
 
+compile-tpu: $(TPU_VENV)/.installed ## Compile the memory scan for TPUs, of which none is needed
+	PYTHONPATH=kernels $(TPU_VENV)/bin/python tests/kernels/compile_tpu.py
+
 clean: ## Remove the environment, caches and build outputs
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TPU_VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(PY):
@@ -75,4 +80,9 @@ $(PY):
 # One stamp per extra: a second run installs nothing unless pyproject.toml changed.
 $(VENV)/.installed-%: pyproject.toml | $(PY)
 	$(PY) -m pip install --quiet --disable-pip-version-check $(pins_$*) -e '.[$*]'
+	@touch $@
+
+$(TPU_VENV)/.installed: Makefile
+	$(PYTHON) -m venv $(TPU_VENV)
+	$(TPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check 'jax[tpu]==0.10.2'
 	@touch $@

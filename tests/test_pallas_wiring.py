@@ -4,6 +4,8 @@ They run in Pallas' interpreters, as if JAX ran on a GPU or a TPU.
 """
 
 import functools
+import re
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -55,7 +57,7 @@ if keras.backend.backend() == "jax":
         return calls
 
     def make_layers(dtype, rule):
-        """The same layer through the kernels and through the portable form."""
+        """The layer through the kernels, through the portable form, and in float32."""
         layers = [
             MoMLayer(
                 2,
@@ -66,11 +68,16 @@ if keras.backend.backend() == "jax":
                 return_state=True,
                 dtype=dtype,
             )
-            for name in ("pallas", "portable")
+            for name, dtype in (
+                ("pallas", dtype),
+                ("portable", dtype),
+                ("portable", "float32"),
+            )
         ]
         for layer in layers:
             layer.build((BATCH, LENGTH, WIDTH))
-        layers[0].set_weights(layers[1].get_weights())
+        for layer in layers[:2]:
+            layer.set_weights(layers[2].get_weights())
         return layers
 
     def draw():
@@ -84,14 +91,14 @@ if keras.backend.backend() == "jax":
         return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
 
     @pytest.mark.parametrize(
-        "rule, dtype, limits",
+        "rule, dtype",
         (
-            ("gated_delta_net", "float32", (1e-5, 1e-4)),
-            ("gated_delta_net", "mixed_bfloat16", (1e-2, 3e-2)),
-            ("kda", "float32", (1e-5, 1e-4)),
+            ("gated_delta_net", "float32"),
+            ("gated_delta_net", "mixed_bfloat16"),
+            ("kda", "float32"),
         ),
     )
-    def test_sequences(accelerator, rule, dtype, limits):
+    def test_sequences(accelerator, rule, dtype):
         inputs, mask = draw()
         results = []
         for layer in make_layers(dtype, rule):
@@ -109,14 +116,16 @@ if keras.backend.backend() == "jax":
             (_, output), grads = gradient(weights)
             results.append((output, grads))
         assert set(accelerator) == {"memory_scan"}
-        (output, grads), (expected, expected_grads) = results
-        assert error(output, expected) <= limits[0]
-        for actual, wanted in zip(grads, expected_grads, strict=True):
-            assert error(actual, wanted) <= limits[1]
+        limits = (1e-5, 1e-4) if dtype == "float32" else (5e-3, 1e-2)
+        for limit, kernels, portable, exact in zip(limits, *results, strict=True):
+            # All else in the layer rounds too: as in the portable form.
+            trees = map(jax.tree.leaves, (kernels, portable, exact))
+            for x, y, z in zip(*trees, strict=True):
+                assert error(x, z) <= max(limit, 1.5 * error(y, z))
 
     def test_tokens(accelerator):
         inputs, _ = draw()
-        layer, portable = make_layers("float32", "gated_delta_net")
+        layer, portable, _ = make_layers("float32", "gated_delta_net")
         expected, _ = portable(inputs[:, :3])
         state = layer.get_initial_state(BATCH)
         for t in range(3):
@@ -140,6 +149,22 @@ if keras.backend.backend() == "jax":
                 query, query, value, log_decay=-value, decay_axis="value", **options
             )
         assert accelerator == []
+
+    def test_the_page_runs():
+        page = Path(__file__).resolve().parents[1] / "docs" / "jax.md"
+        code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), re.S))
+        names: dict = {}
+        try:
+            exec(code, names)
+            outputs = names["model"].predict(np.ones((2, 9, 16)), verbose=0)
+            assert outputs.shape == (2, 9, 16)
+        finally:
+            keras.distribution.set_distribution(None)
+        for gradient in names["gradients"]:
+            assert jnp.any(gradient != 0)
+        assert names["outputs"].shape == (5, 1, 2, 16)
+        written = jnp.any(names["state"] != 0, axis=(0, 2, 3, 4))
+        np.testing.assert_array_equal(written, [True, True, False, False])
 
     def test_every_operation_is_named():
         for operation in operations():

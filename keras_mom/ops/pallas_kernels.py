@@ -16,7 +16,13 @@ from keras_mom.ops import packed_convolution as packed_convolution
 from keras_mom.ops import packing as packing
 from keras_mom.ops import routing as routing
 from keras_mom.ops import short_convolution as short_convolution
-from keras_mom.ops.dispatch import implementations, operations, register, registered
+from keras_mom.ops.dispatch import (
+    implementations,
+    operations,
+    register,
+    registered,
+    take_on_demand,
+)
 from keras_mom_kernels.memory_scan import jax as scan_kernels
 from keras_mom_kernels.memory_step import jax as step_kernels
 
@@ -71,3 +77,6 @@ for _operation in operations():
     if "pallas" not in implementations(_operation):
         _portable = registered(_operation, "portable")
         register(_operation, "pallas")(_on_accelerators(_portable))
+
+# Checked in Pallas' interpreters, and not yet on a GPU or a TPU.
+take_on_demand("pallas")

@@ -91,7 +91,7 @@ def memory_scan(
     size = chunk_size if chunk_offsets is not None else CHUNK_SIZE
     options = ScanOptions(write, bool(erase_before_decay), size, 1, scale)
     fused = kernels == "gpu" and (log_decay is None or log_decay.ndim == 3)
-    dtype_of_products = _products(query, key, value)
+    dtype_of_products = _products(kernels, query, key, value)
     scan = _function(options, kernels, fused, interpret, dtype_of_products)
     if chunk_offsets is not None:
         output, state = scan(*rows, resets, chunk_offsets, initial_state)
@@ -124,9 +124,12 @@ def check_served(query, key, value, kernels):
             raise NotImplementedError(f"no Pallas kernel for {x.dtype}")
 
 
-def _products(*tensors):
+def _products(kernels, *tensors):
     """The dtype of the factors that meet the state."""
     dtype = jnp.result_type(*tensors)
+    if dtype == jnp.float16 and kernels == "tpu":
+        # No TPU multiplies it.
+        return jnp.dtype("float32")
     return dtype if dtype in (jnp.bfloat16, jnp.float16) else jnp.dtype("float32")
 
 

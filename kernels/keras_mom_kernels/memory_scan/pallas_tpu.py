@@ -47,8 +47,10 @@ def _call(kernel, inputs, offsets, first, reverse, interpret):
         del enters
         return row, segment[row, chunk_of(step)], head, 0, 0
 
+    together = _heads_together(heads, key_dim * width)
+
     def spec(x, where):
-        return pl.BlockSpec((None, None, None, *x.shape[3:]), where)
+        return pl.BlockSpec((None, None, together, *x.shape[3:]), where)
 
     def shape(*sizes):
         return jax.ShapeDtypeStruct((batch, *sizes), jnp.float32)
@@ -75,25 +77,26 @@ def _call(kernel, inputs, offsets, first, reverse, interpret):
                 refs["first"][...] if given else jnp.zeros_like(refs["state"])
             )
 
-        state = refs["state"][...]
-        refs["states"][...] = state
-        state = kernel(refs, state)
-        refs["state"][...] = state
-        # Its last chunk's stays.
-        refs["last"][...] = state
+        for head in range(together):
+            state = refs["state"][head]
+            refs["states"][head] = state
+            state = kernel(refs, head, state)
+            refs["state"][head] = state
+            # That of the last chunk stays.
+            refs["last"][head] = state
 
     call = pl.pallas_call(
         body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(batch, heads, chunks),
+            grid=(batch, heads // together, chunks),
             in_specs=in_specs,
             out_specs=[
                 spec(states, of_chunk),
                 spec(written, of_chunk),
                 spec(last, of_segment),
             ],
-            scratch_shapes=[pltpu.VMEM((key_dim, width), jnp.float32)],
+            scratch_shapes=[pltpu.VMEM((together, key_dim, width), jnp.float32)],
         ),
         out_shape=[states, written, last],
         compiler_params=pltpu.CompilerParams(
@@ -108,35 +111,42 @@ def _call(kernel, inputs, offsets, first, reverse, interpret):
     return states, written, jnp.where(there, last, first if given else 0.0)
 
 
-def _hand_on(refs, state):
-    write = refs["writes"][...]
-    if "weights" in refs:
-        write -= _product(refs["weights"][...], state)
-    refs["written"][...] = write
-    if "whole" in refs:
-        state *= refs["whole"][...]
-    return state + _product(refs["ending"][...], write, transposed=True)
+def _heads_together(heads, size):
+    """Heads a step of the grid takes: enough to outweigh what a step costs."""
+    most = 4 if size <= 128 * 128 else 2
+    return max(count for count in range(1, most + 1) if heads % count == 0)
 
 
-def _hand_back(refs, state):
-    grad = refs["writes"][...] + _product(refs["ending"][...], state)
-    refs["written"][...] = grad
-    if "whole" in refs:
-        state *= refs["whole"][...]
-    state += refs["reads"][...]
+def _hand_on(refs, head, state):
+    write = refs["writes"][head]
     if "weights" in refs:
-        state -= _product(refs["weights"][...], grad, transposed=True)
+        write -= _product(refs["weights"][head], state)
+    refs["written"][head] = write
+    if "whole" in refs:
+        state *= refs["whole"][head]
+    return state + _product(refs["ending"][head], write, transposed=True)
+
+
+def _hand_back(refs, head, state):
+    grad = refs["writes"][head] + _product(refs["ending"][head], state)
+    refs["written"][head] = grad
+    if "whole" in refs:
+        state *= refs["whole"][head]
+    state += refs["reads"][head]
+    if "weights" in refs:
+        state -= _product(refs["weights"][head], grad, transposed=True)
     return state
 
 
 def _product(x, y, transposed=False):
     """`x y`, or `x^T y`, in the dtype of `x`, with float32 sums."""
     contracted = ((0,) if transposed else (1,), (0,))
-    exact = x.dtype == jnp.float32
+    highest, default = jax.lax.Precision.HIGHEST, jax.lax.Precision.DEFAULT
     return jax.lax.dot_general(
         x,
         y.astype(x.dtype),
         (contracted, ((), ())),
-        precision=jax.lax.Precision.HIGHEST if exact else None,
+        # Mosaic takes no other for narrow operands.
+        precision=highest if x.dtype == jnp.float32 else default,
         preferred_element_type=jnp.float32,
     )
