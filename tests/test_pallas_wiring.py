@@ -6,6 +6,7 @@ They run in Pallas' interpreters, as if JAX ran on a GPU or a TPU.
 import functools
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -54,36 +55,44 @@ if keras.backend.backend() == "jax":
         ):
             monkeypatch.setattr(module, name, counted(getattr(module, name)))
         monkeypatch.setattr(scan_kernels, "platform", lambda: request.param)
-        return calls
+        return SimpleNamespace(name=request.param, calls=calls)
 
-    def make_layers(dtype, rule):
-        """The layer through the kernels, through the portable form, and in float32."""
-        layers = [
-            MoMLayer(
-                2,
-                16,
-                num_memories=3,
-                update_rule=rule,
-                implementation=name,
-                return_state=True,
-                dtype=dtype,
-            )
-            for name, dtype in (
-                ("pallas", dtype),
-                ("portable", dtype),
-                ("portable", "float32"),
-            )
-        ]
-        for layer in layers:
-            layer.build((BATCH, LENGTH, WIDTH))
-        for layer in layers[:2]:
-            layer.set_weights(layers[2].get_weights())
-        return layers
+    def make_layer(rule, dtype="float32", implementation="portable"):
+        """A layer, whose weights are always the same."""
+        keras.utils.set_random_seed(0)
+        layer = MoMLayer(
+            2,
+            16,
+            num_memories=3,
+            update_rule=rule,
+            implementation=implementation,
+            return_state=True,
+            dtype=dtype,
+        )
+        layer.build((BATCH, LENGTH, WIDTH))
+        return layer
 
-    def draw():
+    @functools.cache
+    def output_and_gradients(rule, dtype, implementation="portable", accelerator=None):
+        """On an accelerator, a layer through kernels."""
+        del accelerator
+        layer = make_layer(rule, dtype, implementation)
         random = np.random.default_rng(0)
         inputs = random.normal(size=(BATCH, LENGTH, WIDTH)).astype("float32")
-        return inputs, random.uniform(size=(BATCH, LENGTH)) < 0.9
+        mask = random.uniform(size=(BATCH, LENGTH)) < 0.9
+        others = [x.value for x in layer.non_trainable_variables]
+
+        def loss(weights):
+            (output, (memories, _)), _ = layer.stateless_call(
+                weights, others, inputs, mask=mask
+            )
+            total = jnp.sum(jnp.sin(output.astype("float32")))
+            return total + jnp.sum(jnp.cos(memories)), output
+
+        weights = [x.value for x in layer.trainable_variables]
+        gradient = fast_compile(jax.value_and_grad(loss, has_aux=True))
+        (_, output), grads = gradient(weights)
+        return output, grads
 
     def error(actual, expected):
         actual, expected = (np.asarray(x, "float64") for x in (actual, expected))
@@ -99,23 +108,12 @@ if keras.backend.backend() == "jax":
         ),
     )
     def test_sequences(accelerator, rule, dtype):
-        inputs, mask = draw()
-        results = []
-        for layer in make_layers(dtype, rule):
-            others = [x.value for x in layer.non_trainable_variables]
-
-            def loss(weights, layer=layer, others=others):
-                (output, (memories, _)), _ = layer.stateless_call(
-                    weights, others, inputs, mask=mask
-                )
-                total = jnp.sum(jnp.sin(output.astype("float32")))
-                return total + jnp.sum(jnp.cos(memories)), output
-
-            weights = [x.value for x in layer.trainable_variables]
-            gradient = fast_compile(jax.value_and_grad(loss, has_aux=True))
-            (_, output), grads = gradient(weights)
-            results.append((output, grads))
-        assert set(accelerator) == {"memory_scan"}
+        results = (
+            output_and_gradients(rule, dtype, "pallas", accelerator.name),
+            output_and_gradients(rule, dtype),
+            output_and_gradients(rule, "float32"),
+        )
+        assert set(accelerator.calls) == {"memory_scan"}
         limits = (1e-5, 1e-4) if dtype == "float32" else (5e-3, 1e-2)
         for limit, kernels, portable, exact in zip(limits, *results, strict=True):
             # All else in the layer rounds too: as in the portable form.
@@ -124,14 +122,14 @@ if keras.backend.backend() == "jax":
                 assert error(x, z) <= max(limit, 1.5 * error(y, z))
 
     def test_tokens(accelerator):
-        inputs, _ = draw()
-        layer, portable, _ = make_layers("float32", "gated_delta_net")
-        expected, _ = portable(inputs[:, :3])
+        inputs = np.random.default_rng(0).normal(size=(BATCH, 3, WIDTH))
+        layer = make_layer("gated_delta_net", implementation="pallas")
+        expected, _ = make_layer("gated_delta_net")(inputs)
         state = layer.get_initial_state(BATCH)
         for t in range(3):
             output, state = layer(inputs[:, t : t + 1], initial_state=state)
             assert error(output[:, 0], expected[:, t]) <= 1e-5
-        assert set(accelerator) == {"memory_step"}
+        assert set(accelerator.calls) == {"memory_step"}
 
     def test_what_no_kernel_serves_is_portable(accelerator):
         query, value = jnp.ones((1, 4, 2, 16)), jnp.ones((1, 4, 2, 24))
@@ -148,7 +146,7 @@ if keras.backend.backend() == "jax":
             pallas_kernels._scan(
                 query, query, value, log_decay=-value, decay_axis="value", **options
             )
-        assert accelerator == []
+        assert accelerator.calls == []
 
     def test_the_page_runs():
         page = Path(__file__).resolve().parents[1] / "docs" / "jax.md"
@@ -171,7 +169,7 @@ if keras.backend.backend() == "jax":
             assert "pallas" in implementations(operation)
 
     def test_a_cpu_has_no_kernels():
-        inputs, _ = draw()
+        inputs = np.ones((BATCH, LENGTH, WIDTH))
         layer = MoMLayer(2, 16, implementation="pallas")
         with pytest.raises(NotImplementedError, match="need a GPU or a TPU.*'cpu'"):
             layer(inputs)
