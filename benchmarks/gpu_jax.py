@@ -12,6 +12,7 @@ the portable form, `layer` and `model` for the layer.
 """
 
 import argparse
+import functools
 import os
 import statistics
 import sys
@@ -53,23 +54,30 @@ def tensor(x):
 def run_pallas(inputs, cotangents, borders, options):
     """Output, state and gradients by name, of the Pallas kernels."""
     torch.cuda.synchronize()
-    borders = array(borders)
-
-    @jax.jit
-    def both(inputs, cotangents):
-        results, pull = jax.vjp(
-            lambda x: memory_scan(**x, cu_seqlens=borders, **options), inputs
-        )
-        return *results, pull(cotangents)[0]
-
     floats = {name: array(x) for name, x in inputs.items()}
-    output, state, grads = both(floats, tuple(array(x) for x in cotangents))
+    output, state, grads = _with_gradients(tuple(options.items()))(
+        floats, tuple(array(x) for x in cotangents), array(borders)
+    )
     jax.block_until_ready((output, state, grads))
     return (
         tensor(output),
         tensor(state),
         {name: tensor(x) for name, x in grads.items()},
     )
+
+
+@functools.cache
+def _with_gradients(options):
+    """The scan and its gradients as one program, compiled once for all draws."""
+
+    @jax.jit
+    def both(inputs, cotangents, borders):
+        results, pull = jax.vjp(
+            lambda x: memory_scan(**x, cu_seqlens=borders, **dict(options)), inputs
+        )
+        return *results, pull(cotangents)[0]
+
+    return both
 
 
 def milliseconds(function, repeats=20, rounds=7):

@@ -174,15 +174,35 @@ def _packed(scan, size, rows, cu_seqlens, initial_state):
     target = offsets[own] * size + row - starts[own]
     target = jnp.where(row < cu_seqlens[-1], target, chunks * size)
 
-    def moved(x, index):
-        return None if x is None else x.at[:, index].get(mode="fill", fill_value=0)
-
     offsets = offsets.at[-1].set(chunks)[None]
     if initial_state is not None:
         initial_state = initial_state[None]
-    rows = [moved(x, source) for x in rows]
+    rows = [None if x is None else _moved(x, source, target) for x in rows]
     output, state = scan(*rows, None, offsets, initial_state)
-    return moved(output, target), state[0]
+    return _moved(output, target, source), state[0]
+
+
+@jax.custom_vjp
+def _moved(x, index, back):
+    """Rows `index` of `[1, R, ...]`, zeros for an index behind the last.
+
+    Args:
+        x: rows.
+        index: integers, the row to take.
+        back: for each row of `x`, where it went. JAX' own gradient would add up rows
+            one by one, of which none meets another.
+    """
+    return _taken(x, index)
+
+
+def _taken(x, index):
+    return x.at[:, index].get(mode="fill", fill_value=0)
+
+
+_moved.defvjp(
+    lambda x, index, back: (_taken(x, index), back),
+    lambda back, gradient: (_taken(gradient, back), None, None),
+)
 
 
 # Axes of what the scan of aligned rows takes, and of its results.
