@@ -2,6 +2,7 @@
 
     PYTHONPATH=.:kernels python benchmarks/gpu_jax.py check   every configuration
     PYTHONPATH=.:kernels python benchmarks/gpu_jax.py time    the scan
+    PYTHONPATH=.:kernels python benchmarks/gpu_jax.py profile where it spends it
     PYTHONPATH=.:kernels python benchmarks/gpu_jax.py layer   MoMLayer
     PYTHONPATH=.:kernels python benchmarks/gpu_jax.py model   24 layers
     PYTHONPATH=.:kernels python benchmarks/gpu_jax.py         all of these
@@ -34,6 +35,7 @@ from gpu_scan import (  # noqa: E402
     kernel_time,
     measure,
     packed_scan,
+    print_kernels,
     report,
     shapes,
     timing_inputs,
@@ -169,9 +171,26 @@ def run_timings(names, with_portable):
                 compare("Pallas", ours, "the portable form", theirs)
 
 
+def run_profile():
+    """Prints the time of each kernel, forward and backward, at MoM's shape."""
+    shape = shapes()["packed"]
+    tensors, offsets = aligned(shape, timing_inputs(shape)[0])
+    offsets = array(offsets)
+    inputs = {name: array(x) for name, x in tensors.items()}
+
+    @jax.jit
+    def both(inputs):
+        output, pull = jax.vjp(
+            lambda x: memory_scan(**x, chunk_offsets=offsets)[0], inputs
+        )
+        return pull(jnp.ones_like(output))[0]
+
+    print_kernels(lambda: jax.block_until_ready(both(inputs)))
+
+
 def main():
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    steps = ("check", "time", "layer", "model")
+    steps = ("check", "time", "profile", "layer", "model")
     parser.add_argument("what", choices=steps, nargs="*", default=steps)
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--shapes", nargs="*", choices=tuple(shapes()), default=())
@@ -184,6 +203,8 @@ def main():
         failed = run_checks(arguments.workers, run_pallas)
     if "time" in arguments.what:
         run_timings(arguments.shapes, arguments.portable)
+    if "profile" in arguments.what:
+        run_profile()
     if "layer" in arguments.what:
         from gpu_jax_layer import run_layer
 

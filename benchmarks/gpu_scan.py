@@ -202,19 +202,27 @@ def time_shape(name, shape):
             compare(form, times, peer, found)
 
 
+def print_kernels(function, repeats=10):
+    """Prints the time of each of a call's kernels, the longest first."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    for _ in range(2):
+        with torch.profiler.profile(activities=activities) as profile:
+            for _ in range(repeats):
+                function()
+            torch.cuda.synchronize()
+    events = sorted(profile.key_averages(), key=lambda x: -x.device_time_total)
+    for event in events:
+        milliseconds = event.device_time_total / repeats / 1e3
+        if milliseconds > 0.002:
+            print(f"{event.key[:70]:70} {event.count // repeats} {milliseconds:.3f} ms")
+
+
 def run_profile():
     """Prints the time of each kernel, forward and backward, at MoM's shape."""
     shape = shapes()["packed"]
     inputs, _ = timing_inputs(shape)
     inputs, offsets = aligned(shape, inputs)
     leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
-    repeats, activities = 10, [torch.profiler.ProfilerActivity.CUDA]
-    for _ in range(2):
-        with torch.profiler.profile(activities=activities) as profile:
-            for _ in range(repeats):
-                memory_scan(**leaves, chunk_offsets=offsets)[0].sum().backward()
-            torch.cuda.synchronize()
-    for event in profile.key_averages():
-        milliseconds = event.device_time_total / repeats / 1e3
-        if milliseconds > 0.002:
-            print(f"{event.key[:70]:70} {event.count // repeats} {milliseconds:.3f} ms")
+    print_kernels(
+        lambda: memory_scan(**leaves, chunk_offsets=offsets)[0].sum().backward()
+    )
