@@ -25,6 +25,7 @@ from keras_mom.ops.dispatch import (
 )
 from keras_mom_kernels.memory_scan import jax as scan_kernels
 from keras_mom_kernels.memory_step import jax as step_kernels
+from keras_mom_kernels.packed_convolution import jax as row_kernels
 
 
 @register("memory_scan", "pallas")
@@ -50,11 +51,13 @@ def _step(query, key, value, *, in_place, parts, **options):
 
 
 @register("packed_convolution", "pallas")
-def _packed_convolution(inputs, *others, **options):
-    scan_kernels.platform()
+def _packed_convolution(inputs, kernel, *places, **options):
+    if scan_kernels.platform() == "gpu" and kernel is not None:
+        _check_static(inputs)
+        return row_kernels.packed_convolution(inputs, kernel, *places, **options)
     portable = registered("packed_convolution", "portable")
     # The scan takes its products in the dtype of its rows.
-    return ops.cast(portable(inputs, *others, **options), inputs.dtype)
+    return ops.cast(portable(inputs, kernel, *places, **options), inputs.dtype)
 
 
 def _check_static(x):
