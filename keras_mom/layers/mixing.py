@@ -4,13 +4,14 @@ Names, beside B, T, H, K, V, M and k: P projection sets, J memories a token (k, 
 the shared one), R packed rows a batch row, W convolution history.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from keras import ops
 
 from keras_mom.layers.row_scan import RowScan
 from keras_mom.ops.constants import select
 from keras_mom.ops.memory_mixing import memory_mixing
+from keras_mom.ops.memory_projection import memory_projection
 from keras_mom.ops.memory_scan import AlignedSegments, block_size, chunk_size
 from keras_mom.ops.packed_convolution import (
     behind_windows,
@@ -57,18 +58,20 @@ class Sizes(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Projected tokens.
+    """Tokens, and what is projected from them.
 
     Attributes:
+        inputs: `[B, T, D]`.
         query: `[B, T, H * K]`.
-        key: `[B, T, P * H * K]`.
-        value: `[B, T, P * H * V]`.
+        key_projection: from `inputs` to `[B, T, P * H * K]`.
+        value_projection: from `inputs` to `[B, T, P * H * V]`.
         features: the rule's projections, each `[B, T, P, ...]`.
     """
 
-    query: object
-    key: object
-    value: object
+    inputs: Any
+    query: Any
+    key_projection: Any
+    value_projection: Any
     features: tuple
 
 
@@ -124,19 +127,22 @@ def mix_sequence(
         documents = Documents(packing, segment_ids, mask)
 
     shapes = [(sizes.num_heads, width) for width in _head_widths(sizes)]
-    to_query = packing.source(1)
-    to_sets = packing.source(sizes.projections)
-    raw = [
-        _by_set(tokens.query, 1),
-        _by_set(tokens.key, sizes.projections),
-        _by_set(tokens.value, sizes.projections),
+    projected = [
+        (tokens.query, *packing.source(1)),
+        *memory_projection(
+            tokens.inputs,
+            (tokens.key_projection, tokens.value_projection),
+            packing,
+            sizes.projections,
+            implementation=options["implementation"],
+        ),
     ]
     windows = [None] * 3
     if state is not None and sizes.history:
         windows = _split_channels(sizes, state[1])
     taken = [
-        behind_windows(packing, x, to, window)
-        for x, to, window in zip(raw, [to_query, to_sets, to_sets], windows)
+        behind_windows(packing, x, moves, window)
+        for (x, *moves), window in zip(projected, windows)
     ]
     convolved = [
         packed_convolution(
@@ -157,6 +163,7 @@ def mix_sequence(
         )
     ]
     heads = [_reshape_last(x, shape) for x, shape in zip(convolved, shapes)]
+    to_sets = packing.source(sizes.projections)
     features = [
         _packed_feature(x, to_sets, options["implementation"]) for x in tokens.features
     ]
@@ -202,12 +209,6 @@ def mix_sequence(
 
 def _head_widths(sizes):
     return sizes.key_dim, sizes.key_dim, sizes.value_dim
-
-
-def _by_set(x, sets):
-    """`[B, T, sets * E]` to `[B, T * sets, E]`."""
-    batch, length, width = ops.shape(x)
-    return ops.reshape(x, (batch, length * sets, width // sets))
 
 
 def _reshape_last(x, shape):

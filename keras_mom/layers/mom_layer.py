@@ -334,9 +334,10 @@ class MoMLayer(StateMixin, ProjectionsMixin, keras.layers.Layer):
             probabilities, indices, mask, implementation=self.implementation
         )
         tokens = Tokens(
+            inputs,
             self.query_projection(inputs),
-            self.key_projection(inputs),
-            self.value_projection(inputs),
+            self.key_projection,
+            self.value_projection,
             tuple(self.update_rule.project(inputs)),
         )
         kernels = None

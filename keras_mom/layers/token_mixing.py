@@ -5,9 +5,8 @@ Names are those of `keras_mom.layers.mixing`.
 
 import functools
 
-from keras import ops
-
 from keras_mom.ops.memory_mixing import output_norm
+from keras_mom.ops.memory_projection import by_set
 from keras_mom.ops.memory_step import (
     TokenScan,
     convolution_step,
@@ -38,8 +37,8 @@ def mix_token(
     sets = tuple(sizes.projection_of_memory)
     query, key, value, window = convolution_step(
         tokens.query[:, 0],
-        _by_set(tokens.key, sizes.projections),
-        _by_set(tokens.value, sizes.projections),
+        by_set(tokens.key_projection(tokens.inputs), sizes.projections),
+        by_set(tokens.value_projection(tokens.inputs), sizes.projections),
         kernels,
         None if kernels is None else state[1],
         active,
@@ -75,9 +74,3 @@ def mix_token(
     state = (memories,) if kernels is None else (memories, window)
     output = output_norm(mixed[:, None], norm, implementation=implementation)
     return output, state
-
-
-def _by_set(x, sets):
-    """`[B, 1, sets * E]` to `[B, sets, E]`."""
-    batch, _, width = ops.shape(x)
-    return ops.reshape(x, (batch, sets, width // sets))

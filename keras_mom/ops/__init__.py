@@ -11,6 +11,7 @@ if keras.backend.backend() == "torch":
     from keras_mom.ops import triton_mixing as triton_mixing
     from keras_mom.ops import triton_packed_convolution as triton_packed_convolution
     from keras_mom.ops import triton_packing as triton_packing
+    from keras_mom.ops import triton_projection as triton_projection
     from keras_mom.ops import triton_routing as triton_routing
     from keras_mom.ops import triton_scan as triton_scan
     from keras_mom.ops import triton_step as triton_step

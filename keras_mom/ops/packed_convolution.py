@@ -29,7 +29,9 @@ def packed_convolution(
     keep its sums apart from the region before. What an empty row holds is not defined.
 
     Args:
-        inputs: float `[B, S, E]`.
+        inputs: float `[B, S, E]`, or `[1, S, E]` for rows that batch rows share: then
+            `source` and `targets`, `[1, S, J]`, number them, and the packed rows of
+            all batch rows one after the other, throughout.
         kernel: float `[W + 1, E]`; the last row meets the current one. None for no
             convolution, and no activation.
         source: int32 `[B, R]`, the row of `inputs` to take, -1 for an empty row.
@@ -44,7 +46,14 @@ def packed_convolution(
     Returns:
         `[B, R, E]`, of the dtype of `inputs`; normalized ones may be float32.
     """
-    return dispatch(
+    batch, rows = ops.shape(source)
+    together = _shared(inputs, source)
+    if together:
+        # A region's history keeps batch rows apart too.
+        source = ops.reshape(source, (1, batch * rows))
+        if documents is not None:
+            documents = ops.reshape(documents, (1, batch * rows))
+    output = dispatch(
         "packed_convolution",
         implementation,
         inputs,
@@ -56,6 +65,12 @@ def packed_convolution(
         heads=heads,
         epsilon=epsilon,
     )
+    return ops.reshape(output, (batch, rows, -1)) if together else output
+
+
+def _shared(inputs, source):
+    """Whether batch rows share the inputs' rows."""
+    return inputs.shape[0] == 1 and source.shape[0] not in (1, None)
 
 
 @register("packed_convolution", "portable")
@@ -83,8 +98,8 @@ def behind_windows(packing, inputs, moves, window):
 
     Args:
         packing: `Packing`.
-        inputs: `[B, T * P, E]`.
-        moves: source and targets, of `Packing.source`.
+        inputs: `[B, T * P, E]`, or `[1, S, E]`, as `packed_convolution` takes them.
+        moves: source and targets.
         window: `[B, M, W, E]`, the rows before the first of each memory, or None.
 
     Returns:
@@ -95,8 +110,17 @@ def behind_windows(packing, inputs, moves, window):
         return inputs, source, targets
     batch, memories, history, width = ops.shape(window)
     window = ops.cast(window, inputs.dtype)
-    window = ops.reshape(window, (batch, memories * history, width))
     history_source, history_targets = packing.history_source(ops.shape(inputs)[1])
+    count = memories * history
+    if _shared(inputs, source):
+        row = ops.arange(batch, dtype="int32")[:, None]
+        inside = history_source >= 0
+        history_source = select(inside, history_source + row * count, -1)
+        history_targets = history_targets[..., 0] + row * packing.rows
+        history_targets = ops.reshape(history_targets, (1, batch * count, 1))
+        window = ops.reshape(window, (1, batch * count, width))
+    else:
+        window = ops.reshape(window, (batch, count, width))
     missing = targets.shape[-1] - 1
     history_targets = pad(history_targets, 2, after=missing, fill=-1)
     return (
@@ -119,13 +143,19 @@ def last_windows(packing, documents, taken, history):
         float32 `[B, M, W, channels]`, zeros for rows of an older document.
     """
     last = packing.window_rows(history)
+    batch, count = ops.shape(last)
     rows = [ops.take_along_axis(source, last, axis=1) for _, source, _ in taken[:2]]
+    windows = []
     # Keys and values are projected for the same sets.
-    windows = [take_rows(x, index) for (x, _, _), index in zip(taken, (*rows, rows[1]))]
+    for (x, source, _), index in zip(taken, (*rows, rows[1])):
+        if _shared(x, source):
+            index = ops.reshape(index, (1, batch * count))
+        window = take_rows(x, index)
+        windows.append(ops.reshape(window, (batch, count, x.shape[-1])))
     windows = ops.cast(ops.concatenate(windows, axis=-1), "float32")
     if documents is not None:
         number = ops.take_along_axis(documents.of_rows, last, axis=1)
         fresh = number == documents.last[:, None]
         windows = select(fresh[..., None], windows, 0.0)
-    batch, _, width = ops.shape(windows)
+    width = windows.shape[-1]
     return ops.reshape(windows, (batch, packing.num_memories, history, width))

@@ -11,6 +11,7 @@ from keras import ops
 # These register the operations around the scan.
 from keras_mom.ops import gates as gates
 from keras_mom.ops import memory_mixing as memory_mixing
+from keras_mom.ops import memory_projection as memory_projection
 from keras_mom.ops import memory_step as memory_step
 from keras_mom.ops import packed_convolution as packed_convolution
 from keras_mom.ops import packing as packing

@@ -4,12 +4,15 @@ Run by `test_layers.py`, in a process of its own, where Keras runs on torch. On 
 GPU it runs there: `PYTHONPATH=.:kernels python tests/kernels/layer_whole.py`.
 """
 
+import itertools
+
 import keras
 import numpy as np
 import torch
 
 import keras_mom
 from keras_mom.ops import gpu
+from keras_mom_kernels.grouped_projection import torch as grouped_projection
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCES = {"float32": (2e-5, 1e-4), "bfloat16": (1e-2, 2e-2)}
@@ -58,7 +61,7 @@ def decode_in_place(layer, inputs, whole, limit):
     assert not all(torch.equal(x, y) for x, y in zip(after, kept))
 
 
-def main(sizes=(2, 20, 16, 2, 8), dtypes=("float32",)):
+def main(sizes=(2, 20, 16, 2, 8), dtypes=("float32",), memories=4, top_k=2):
     batch, length, width, heads, head_dim = sizes
     if DEVICE == "cpu":
         # The kernels run on a CPU in the interpreter alone.
@@ -67,7 +70,13 @@ def main(sizes=(2, 20, 16, 2, 8), dtypes=("float32",)):
     for dtype in dtypes:
         keras.utils.set_random_seed(1)
         layer = keras_mom.MoMLayer(
-            heads, head_dim, balance_loss_weight=2.0, return_state=True, dtype=dtype
+            heads,
+            head_dim,
+            num_memories=memories,
+            top_k=top_k,
+            balance_loss_weight=2.0,
+            return_state=True,
+            dtype=dtype,
         )
         inputs = random.normal(size=(batch, length, width))
         inputs = torch.tensor(inputs, device=DEVICE, dtype=getattr(torch, dtype))
@@ -77,32 +86,53 @@ def main(sizes=(2, 20, 16, 2, 8), dtypes=("float32",)):
         mask[0, length // 3] = False
         segment_ids = torch.zeros((batch, length), dtype=torch.int32, device=DEVICE)
         segment_ids[:, length // 2 :] = 1
-        for options in ({}, {"mask": mask, "segment_ids": segment_ids}):
+        masked = {"mask": mask, "segment_ids": segment_ids}
+        for options in (masked,) if memories > 4 else ({}, masked):
             call = layer, inputs, cotangent
             expected = outputs_and_gradients(*call, "portable", **options)
             actual = outputs_and_gradients(*call, "triton", **options)
             for found, wanted, limit in zip(actual, expected, TOLERANCES[dtype]):
                 worst = max(error(x, y) for x, y in zip(found, wanted))
-                print(dtype, sorted(options), f"{worst:.1e}", flush=True)
+                print(dtype, memories, sorted(options), f"{worst:.1e}", flush=True)
                 assert worst <= limit, (dtype, sorted(options), worst)
 
         # Pieces and single tokens through the kernels.
+        pieces = [*range(length // 2, length), length]
+        if memories > 4:
+            pieces = [length // 2, length]
         with torch.no_grad():
             whole, _ = layer(inputs)
             first, state = layer(inputs[:, : length // 2])
             outputs = [first]
-            for t in range(length // 2, length):
-                output, state = layer(inputs[:, t : t + 1], initial_state=state)
+            for begin, end in itertools.pairwise(pieces):
+                output, state = layer(inputs[:, begin:end], initial_state=state)
                 outputs.append(output)
         worst = error(torch.cat(outputs, 1), whole)
-        print(dtype, "token by token", f"{worst:.1e}", flush=True)
+        print(dtype, "in pieces", f"{worst:.1e}", flush=True)
         assert worst <= TOLERANCES[dtype][0], (dtype, worst)
-        decode_in_place(layer, inputs, whole, TOLERANCES[dtype][0])
+        if memories <= 4:
+            decode_in_place(layer, inputs, whole, TOLERANCES[dtype][0])
+
+
+def main_of_many_memories(*arguments, **options):
+    """Tokens are projected by memory, in grouped products, where there are many."""
+    calls, project = [], grouped_projection.grouped_projection
+
+    def counted(inputs, *rest):
+        calls.append(inputs.dtype)
+        return project(inputs, *rest)
+
+    grouped_projection.grouped_projection = counted
+    main(*arguments, **options, memories=9, top_k=1)
+    assert calls
+    grouped_projection.grouped_projection = project
 
 
 if __name__ == "__main__":
     if DEVICE == "cuda":
         main(dtypes=("float32", "bfloat16"))
         main((2, 300, 256, 2, 128), dtypes=("float32", "bfloat16"))
+        main_of_many_memories((2, 300, 256, 2, 128), dtypes=("bfloat16",))
     else:
         main()
+        main_of_many_memories((2, 6, 16, 1, 8))

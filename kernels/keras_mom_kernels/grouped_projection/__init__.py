@@ -1,0 +1,1 @@
+"""Projections of the packed tokens, each through its own memory's matrix."""
