@@ -10,7 +10,7 @@
 `check` spreads over worker processes, since compilation takes most of its time; it
 ends with a non-zero status if an error is above its limit. The others have
 flash-linear-attention and FlashQLA beside, where they are installed (`gpu_peers.py`);
-`--shapes packed` times one shape alone. Only `layer` and `model` need Keras.
+`--shapes packed` times one shape alone, `--parts train` a part of the model. Only `layer` and `model` need Keras.
 """
 
 import argparse
@@ -26,13 +26,16 @@ def main():
     steps = ("check", "time", "profile", "layer", "model")
     parser.add_argument("what", choices=steps, nargs="*", default=steps)
     parser.add_argument("--workers", type=int, default=12)
+    parser.add_argument("--first", type=int, default=0, help="job to check first")
+    parts = ("train", "decode")
+    parser.add_argument("--parts", nargs="*", choices=parts, default=parts)
     parser.add_argument("--shapes", nargs="*", choices=tuple(shapes()), default=())
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("This needs a GPU.")
     failed = 0
     if "check" in arguments.what:
-        failed = run_checks(arguments.workers)
+        failed = run_checks(arguments.workers, arguments.first)
     if "time" in arguments.what:
         run_timings(arguments.shapes)
     if "profile" in arguments.what:
@@ -44,7 +47,7 @@ def main():
     if "model" in arguments.what:
         from gpu_layer import run_model
 
-        run_model()
+        run_model(arguments.parts)
     sys.exit(1 if failed else 0)
 
 

@@ -111,7 +111,7 @@ def measure_jax(function, inputs):
 
     def both(inputs, cotangent):
         output, pull = jax.vjp(lambda x: function(**x), inputs)
-        return pull(cotangent.astype(output.dtype))[0]
+        return output, pull(cotangent.astype(output.dtype))[0]
 
     ahead, ahead_seconds, _ = compiled(lambda x: function(**x), inputs)
     total, total_seconds, memory = compiled(both, inputs, cotangent)
@@ -183,7 +183,7 @@ def run_profile():
         output, pull = jax.vjp(
             lambda x: memory_scan(**x, chunk_offsets=offsets)[0], inputs
         )
-        return pull(jnp.ones_like(output))[0]
+        return output, pull(jnp.ones_like(output))[0]
 
     print_kernels(lambda: jax.block_until_ready(both(inputs)))
 
@@ -193,6 +193,9 @@ def main():
     steps = ("check", "time", "profile", "layer", "model")
     parser.add_argument("what", choices=steps, nargs="*", default=steps)
     parser.add_argument("--workers", type=int, default=12)
+    parser.add_argument("--first", type=int, default=0, help="job to check first")
+    parts = ("train", "decode")
+    parser.add_argument("--parts", nargs="*", choices=parts, default=parts)
     parser.add_argument("--shapes", nargs="*", choices=tuple(shapes()), default=())
     parser.add_argument("--portable", action="store_true", help="time it beside")
     arguments = parser.parse_args()
@@ -200,7 +203,7 @@ def main():
         sys.exit("This needs a GPU.")
     failed = 0
     if "check" in arguments.what:
-        failed = run_checks(arguments.workers, run_pallas)
+        failed = run_checks(arguments.workers, arguments.first, run_pallas)
     if "time" in arguments.what:
         run_timings(arguments.shapes, arguments.portable)
     if "profile" in arguments.what:
@@ -212,7 +215,7 @@ def main():
     if "model" in arguments.what:
         from gpu_jax_layer import run_model
 
-        run_model()
+        run_model(arguments.parts)
     sys.exit(1 if failed else 0)
 
 

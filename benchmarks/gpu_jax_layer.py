@@ -15,7 +15,7 @@ from gpu_models import (
     language_model,
     mom_layer,
 )
-from gpu_scan import kernel_time
+from gpu_scan import kernel_time, print_kernels
 
 
 def values(variables):
@@ -35,7 +35,7 @@ def time_layer(name, layer):
 
     def both(weights, x):
         output, pull = jax.vjp(forward, weights, x)
-        return pull(output)
+        return output, pull(output)
 
     found = []
     for function in (forward, both):
@@ -53,6 +53,7 @@ def time_layer(name, layer):
         f"compiled in {seconds:.1f} s",
         flush=True,
     )
+    print_kernels(lambda: jax.block_until_ready(program(weights, x)), least=0.03)
 
 
 def run_layer(with_portable=False):
@@ -126,6 +127,8 @@ def time_decoding(depth=DEPTH, batches=(1, 32, 256), steps=64):
         )
 
 
-def run_model():
-    time_decoding()
-    time_training()
+def run_model(parts):
+    if "decode" in parts:
+        time_decoding()
+    if "train" in parts:
+        time_training()

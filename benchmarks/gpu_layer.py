@@ -194,12 +194,15 @@ def run_layer():
     time_peer_layer(times)
 
 
-def run_model():
-    check_decoding()
-    times = time_decoding()
-    step = time_training()
+def run_model(parts):
+    token_time = step = None
+    if "decode" in parts:
+        check_decoding()
+        token_time = time_decoding()[1]
+    if "train" in parts:
+        step = time_training()
     release()
-    time_peer_model(step, times[1])
+    time_peer_model(step, token_time)
 
 
 def time_peer_layer(ours):
@@ -230,35 +233,38 @@ def time_peer_layer(ours):
 
 
 def time_peer_model(step, token_time):
+    """fla's model; times of ours are None where they were not taken."""
     sizes = (DEPTH, WIDTH, HEADS, HEAD_DIM, INNER_WIDTH, VOCABULARY)
     model = gpu_peers.mom_language_model(*sizes)
     if model is None:
         return
     tokens = random_tokens(BATCH, LENGTH).long()
+    if step is not None:
 
-    def theirs():
-        model.zero_grad()
-        model(tokens, labels=tokens).loss.backward()
+        def theirs():
+            model.zero_grad()
+            model(tokens, labels=tokens).loss.backward()
 
-    theirs()
-    torch.cuda.reset_peak_memory_stats()
-    time = median(theirs, 2000)
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    count = sum(x.numel() for x in model.parameters())
-    print(
-        f"fla's MomForCausalLM, {count / 1e6:.0f}M parameters: training step "
-        f"{time:.1f} ms, peak {peak:.1f} GiB; ours takes {step / time:.3f} of it",
-        flush=True,
-    )
-    model.eval()
-    with torch.no_grad():
-        cache = model(tokens[:1, :64], use_cache=True).past_key_values
-        token = tokens[:1, :1]
-        step_time = median(
-            lambda: model(token, past_key_values=cache, use_cache=True), 1000
+        theirs()
+        torch.cuda.reset_peak_memory_stats()
+        time = median(theirs, 2000)
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        count = sum(x.numel() for x in model.parameters())
+        print(
+            f"fla's MomForCausalLM, {count / 1e6:.0f}M parameters: training step "
+            f"{time:.1f} ms, peak {peak:.1f} GiB; ours takes {step / time:.3f} of it",
+            flush=True,
         )
-    print(
-        f"decoding, batch 1: {step_time:.1f} ms a token; ours takes "
-        f"{token_time / step_time:.4f} of it",
-        flush=True,
-    )
+    if token_time is not None:
+        model.eval()
+        with torch.no_grad():
+            cache = model(tokens[:1, :64], use_cache=True).past_key_values
+            token = tokens[:1, :1]
+            time = median(
+                lambda: model(token, past_key_values=cache, use_cache=True), 1000
+            )
+        print(
+            f"decoding, batch 1: {time:.1f} ms a token; ours takes "
+            f"{token_time / time:.4f} of it",
+            flush=True,
+        )

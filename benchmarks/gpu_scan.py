@@ -202,8 +202,8 @@ def time_shape(name, shape):
             compare(form, times, peer, found)
 
 
-def print_kernels(function, repeats=10):
-    """Prints the time of each of a call's kernels, the longest first."""
+def print_kernels(function, repeats=10, least=0.002):
+    """Prints a call's kernels of more than so many milliseconds, the longest first."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     for _ in range(2):
         with torch.profiler.profile(activities=activities) as profile:
@@ -213,7 +213,7 @@ def print_kernels(function, repeats=10):
     events = sorted(profile.key_averages(), key=lambda x: -x.device_time_total)
     for event in events:
         milliseconds = event.device_time_total / repeats / 1e3
-        if milliseconds > 0.002:
+        if milliseconds > least:
             print(f"{event.key[:70]:70} {event.count // repeats} {milliseconds:.3f} ms")
 
 
