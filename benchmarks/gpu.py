@@ -10,7 +10,8 @@
 `check` spreads over worker processes, since compilation takes most of its time; it
 ends with a non-zero status if an error is above its limit. The others have
 flash-linear-attention and FlashQLA beside, where they are installed (`gpu_peers.py`);
-`--shapes packed` times one shape alone, `--parts train` a part of the model. Only `layer` and `model` need Keras.
+`--shapes packed` times one shape alone, `--parts train` a part of the model. Only
+`layer` and `model` need Keras.
 """
 
 import argparse
