@@ -56,10 +56,14 @@ def data():
 def use_kernels():
     """The layer's kernels in Pallas' interpreter, as if JAX ran on a GPU."""
     from keras_mom_kernels.memory_scan import jax as scan_kernels
+    from keras_mom_kernels.packed_convolution import jax as row_kernels
 
     scan_kernels.platform = lambda: "gpu"
     scan_kernels.memory_scan = functools.partial(
         scan_kernels.memory_scan, kernels="gpu", interpret=True
+    )
+    row_kernels.packed_convolution = functools.partial(
+        row_kernels.packed_convolution, interpret=True
     )
 
 

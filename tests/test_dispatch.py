@@ -13,7 +13,6 @@ from keras_mom.ops.dispatch import dispatch, implementations, register
 def clean_settings(monkeypatch):
     monkeypatch.setitem(dispatching._REGISTRY, "operation", {})
     monkeypatch.setattr(dispatching, "_warned", set())
-    monkeypatch.setattr(dispatching, "_ON_DEMAND", set())
     monkeypatch.setattr(config, "_implementation", None)
 
 
@@ -48,14 +47,6 @@ def test_one_that_cannot_serve_the_call_is_passed_over():
     add("pallas", fails="needs a TPU")
     add("portable")
     assert call() == "portable"
-
-
-def test_one_on_demand_is_taken_by_name_alone():
-    add("pallas")
-    add("portable")
-    dispatching.take_on_demand("pallas")
-    assert call() == "portable"
-    assert call("pallas") == "pallas"
 
 
 def test_a_named_one_is_used():

@@ -117,9 +117,8 @@ if keras.backend.backend() == "jax":
             output_and_gradients(rule, "float32"),
         )
         # On a TPU, XLA computes the convolution.
-        kernels = {"memory_scan", "packed_convolution"}
-        on_gpu = accelerator.name == "gpu"
-        assert set(accelerator.calls) == kernels if on_gpu else {"memory_scan"}
+        convolution = {"packed_convolution"} if accelerator.name == "gpu" else set()
+        assert set(accelerator.calls) == {"memory_scan"} | convolution
         limits = (1e-5, 1e-4) if dtype == "float32" else (5e-3, 1e-2)
         for limit, kernels, portable, exact in zip(limits, *results, strict=True):
             # All else in the layer rounds too: as in the portable form.
@@ -173,6 +172,16 @@ if keras.backend.backend() == "jax":
     def test_every_operation_is_named():
         for operation in operations():
             assert "pallas" in implementations(operation)
+
+    def test_the_device_in_force_decides(monkeypatch):
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        monkeypatch.setattr(scan_kernels, "_new_enough", lambda: True)
+        assert scan_kernels.platform() == "gpu"
+        with keras.device("cpu:0"), pytest.raises(NotImplementedError, match="'cpu'"):
+            scan_kernels.platform()
+        monkeypatch.setattr(scan_kernels, "_new_enough", lambda: False)
+        with pytest.raises(NotImplementedError, match="sm_80"):
+            scan_kernels.platform()
 
     def test_a_cpu_has_no_kernels():
         inputs = np.ones((BATCH, LENGTH, WIDTH))

@@ -11,8 +11,6 @@ from keras_mom import backend, config
 
 _REGISTRY = {}
 _warned = set()
-# Implementations that are taken only where they are named.
-_ON_DEMAND = set()
 
 
 def register(operation, name):
@@ -29,11 +27,6 @@ def register(operation, name):
         return function
 
     return decorator
-
-
-def take_on_demand(name):
-    """From here on the implementations of this name are taken only by that name."""
-    _ON_DEMAND.add(config.check_implementation(name))
 
 
 def operations():
@@ -72,9 +65,6 @@ def dispatch(operation, implementation, *args, **kwargs):
         return candidates[name](*args, **kwargs)
     reasons = []
     for name in implementations(operation):
-        if name in _ON_DEMAND:
-            reasons.append(f"{name}: taken only where it is named")
-            continue
         if name == "portable":
             _warn_portable(operation, reasons)
         try:

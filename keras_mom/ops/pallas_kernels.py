@@ -22,7 +22,6 @@ from keras_mom.ops.dispatch import (
     operations,
     register,
     registered,
-    take_on_demand,
 )
 from keras_mom_kernels.memory_scan import jax as scan_kernels
 from keras_mom_kernels.memory_step import jax as step_kernels
@@ -81,6 +80,3 @@ for _operation in operations():
     if "pallas" not in implementations(_operation):
         _portable = registered(_operation, "portable")
         register(_operation, "pallas")(_on_accelerators(_portable))
-
-# Checked in Pallas' interpreters, and not yet on a GPU or a TPU.
-take_on_demand("pallas")

@@ -103,13 +103,26 @@ def memory_scan(
 
 
 def platform():
-    """`"gpu"` or `"tpu"`; raises `NotImplementedError` where JAX runs on another."""
-    name = jax.default_backend()
+    """`"gpu"` or `"tpu"`; raises `NotImplementedError` where JAX has no kernels."""
+    config: Any = jax.config
+    name, device = jax.default_backend(), config.jax_default_device
+    if device is not None:
+        name = getattr(device, "platform", device)
     if name not in ("gpu", "tpu"):
         raise NotImplementedError(
             f"the Pallas kernels need a GPU or a TPU; JAX runs on {name!r}"
         )
+    if name == "gpu" and not _new_enough():
+        raise NotImplementedError("the Pallas kernels need sm_80 or later")
     return name
+
+
+@functools.cache
+def _new_enough():
+    device = jax.local_devices(backend="gpu")[0]
+    if "rocm" in device.client.platform_version.lower():
+        return True
+    return float(device.compute_capability) >= 8
 
 
 def check_served(query, key, value, kernels):
