@@ -28,6 +28,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import torch  # noqa: E402
 from gpu_checks import run_checks  # noqa: E402
+from gpu_peers import rwkv_scan  # noqa: E402
 from gpu_scan import (  # noqa: E402
     Times,
     aligned,
@@ -169,6 +170,19 @@ def run_timings(names, with_portable):
                 theirs = measure_jax(portable(**places), arrays)
                 report(f"{form}, portable", shape, theirs)
                 compare("Pallas", ours, "the portable form", theirs)
+            peer = rwkv_scan(shape) if form == name else None
+            if peer is not None:
+                time_peer(name, shape, peer, arrays, ours)
+
+
+def time_peer(name, shape, peer, arrays, ours):
+    try:
+        theirs = measure_jax(peer, arrays)
+    except Exception as error:
+        print(f"{name}, rwkv_ops: {type(error).__name__}: {str(error)[:300]}")
+        return
+    report(f"{name}, rwkv_ops", shape, theirs)
+    compare("Pallas", ours, "rwkv_ops", theirs)
 
 
 def run_profile():

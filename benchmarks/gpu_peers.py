@@ -1,7 +1,7 @@
 """Implementations of other projects, where installed, as functions of our inputs.
 
 flash-linear-attention 0.6.0 (`fla`) tunes its kernels at the first call of a shape,
-for minutes; FlashQLA 0.1.3 compiles for about one.
+for minutes; FlashQLA 0.1.3 compiles for about one. rwkv_ops 0.11 needs jax-triton.
 """
 
 # pyright: reportMissingImports=false
@@ -51,6 +51,25 @@ def _flash_qla(query, key, value, log_decay, beta, borders):
 
     options = dict(cu_seqlens=borders.long())
     return chunk_gated_delta_rule(query, key, value, log_decay, beta, **options)[0]
+
+
+def rwkv_scan(shape):
+    """rwkv_ops' chunk kernel on JAX, for sequences of equal length; None without it."""
+    if not installed("rwkv_ops") or len(set(shape.lengths)) > 1:
+        return None
+    import os
+
+    os.environ.setdefault("KERNEL_TYPE", "triton")
+    from rwkv_ops.gdn_chunk.jax_triton_kernel import gated_delta_net_chunk
+
+    def scan(query, key, value, log_decay, beta):
+        rows = (query, key, value, log_decay, beta)
+        count = len(shape.lengths)
+        rows = (x.reshape(count, -1, *x.shape[2:]) for x in rows)
+        output, _ = gated_delta_net_chunk(*rows, chunk_size=64)
+        return output.reshape(value.shape)
+
+    return scan
 
 
 def mom_attention(width, heads, head_dim):

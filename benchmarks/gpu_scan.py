@@ -34,6 +34,7 @@ def shapes():
     return {
         "packed": Shape(packed),
         "long": Shape((32768,)),
+        "equal": Shape((1024,) * 32),
         "narrow": Shape(packed, 16, 64, 64),
         "wide": Shape(packed, 4, 256, 256),
         "channel": Shape(packed, decay="channel"),
