@@ -61,7 +61,7 @@ def decode_in_place(layer, inputs, whole, limit):
     assert not all(torch.equal(x, y) for x, y in zip(after, kept))
 
 
-def main(sizes=(2, 20, 16, 2, 8), dtypes=("float32",), memories=4, top_k=2):
+def main(sizes=(2, 12, 16, 2, 8), dtypes=("float32",), memories=4, top_k=2):
     batch, length, width, heads, head_dim = sizes
     if DEVICE == "cpu":
         # The kernels run on a CPU in the interpreter alone.

@@ -195,9 +195,9 @@ def test_splits_of_packed_sequences(monkeypatch, decay, erase_before_decay):
 def test_splits_of_aligned_segments_and_resets(monkeypatch):
     # 2 batch rows of 7 chunks of 16 rows: segments of 5, 0 and 2, and of 1, 6 and 0.
     offsets = torch.tensor([[0, 5, 5, 7], [0, 1, 7, 7]], dtype=torch.int32)
-    case = Case("", T=112, H=2, K=16, V=16, initial_state=False)
+    case = Case("", T=112, H=1, K=16, V=16, initial_state=False)
     tensors = tensors_of(case)
-    tensors["initial_state"] = torch.randn(2, 3, 2, 16, 16, device=DEVICE)
+    tensors["initial_state"] = torch.randn(2, 3, 1, 16, 16, device=DEVICE)
     resets = torch.zeros((2, 112), dtype=torch.int32, device=DEVICE)
     resets[0, 40] = resets[1, 20] = 1
     how = dict(chunk_offsets=offsets.to(DEVICE), chunk_size=16, resets=resets)

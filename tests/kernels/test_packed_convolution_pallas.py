@@ -20,8 +20,11 @@ TOLERANCES = {
     "bfloat16": (5e-3, 1e-2),
     "float16": (5e-3, 1e-2),
 }
-# The kernels have a convolution; without one XLA takes the rows.
-CONVOLVED = [case for case in CASES if case.taps]
+# The kernels have a convolution; without one XLA takes the rows. The inputs' dtype
+# changes only what is loaded and stored.
+CONVOLVED = [
+    case for case in CASES if case.taps and not case.name.startswith("bfloat16-")
+]
 
 packed_convolution = functools.partial(convolution.packed_convolution, interpret=True)
 
