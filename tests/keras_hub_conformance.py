@@ -1,7 +1,9 @@
 """What KerasHub asks of a backbone and of a task. Run by `test_keras_hub.py`."""
 
 import os
+import re
 
+import keras
 import keras_hub
 import numpy as np
 from keras_hub.src.tests.test_case import TestCase
@@ -27,7 +29,18 @@ class ConformanceTest(TestCase):
             "token_ids": np.ones((2, 5), "int32"),
             "padding_mask": np.array([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]], "int32"),
         }
-        self.run_backbone_test(MoMBackbone, SIZES, data, (2, 5, 8))
+        # It wants no float32 in bfloat16 models, but routers and decays stay float32.
+        self.run_backbone_test(
+            MoMBackbone, SIZES, data, (2, 5, 8), run_mixed_precision_check=False
+        )
+        for policy in ("mixed_float16", "mixed_bfloat16", "bfloat16"):
+            policy = keras.dtype_policies.get(policy)
+            backbone = MoMBackbone(**SIZES, dtype=policy)
+            self.assertDTypeEqual(backbone(data), policy.compute_dtype)
+            for weight in backbone.weights:
+                kept = re.search("router|routing|A_log|dt_bias", weight.path)
+                expected = "float32" if kept else policy.variable_dtype
+                self.assertDTypeEqual(weight, expected)
 
     def test_task(self):
         tokenizer = keras_hub.tokenizers.ByteTokenizer()
