@@ -121,6 +121,14 @@ def token_cross_entropy(
     return losses, ops.stop_gradient(correct)
 
 
+def token_cross_entropy_of_logits(logits, labels, *, label_smoothing=0.0, z_loss=0.0):
+    """`token_cross_entropy`, where the logits `[B, T, V]` are there already."""
+    options = _Options(0, float(label_smoothing), float(z_loss))
+    logits, labels = ops.cast(logits, "float32"), ops.cast(labels, "int32")
+    losses, correct, _ = _of_logits(options, logits, labels)
+    return losses, ops.stop_gradient(correct)
+
+
 def _check(hidden, kernel, labels, label_smoothing, z_loss, chunk_size):
     if len(hidden.shape) != 3:
         raise ValueError(
@@ -179,35 +187,41 @@ class _Options(NamedTuple):
 def _forward(options, hidden, kernel, labels):
     """Losses, whether the label leads, and the log of the softmax's denominator."""
     kernel = ops.cast(kernel, hidden.dtype)
-    smoothing, vocabulary = options.label_smoothing, kernel.shape[1]
     chunks = _Chunks(options.chunk, hidden)
     hidden, labels = chunks.fill(hidden), chunks.fill(labels, -1)
 
     def step(carry, index):
         x, label = chunks.take(hidden, index), chunks.take(labels, index)
         logits = ops.cast(ops.matmul(x, kernel), "float32")
-        peak = ops.max(logits, axis=-1, keepdims=True)
-        total = ops.sum(ops.exp(logits - peak), axis=-1)
-        peak = peak[..., 0]
-        log_total = peak + ops.log(total)
-        possible = ops.logical_and(label >= 0, label < vocabulary)
-        place = select(possible, label, 0)[..., None]
-        own = ops.take_along_axis(logits, place, axis=-1)[..., 0]
-        target = own
-        if smoothing:
-            target = (1 - smoothing) * own + smoothing * ops.mean(logits, axis=-1)
-        loss = log_total - target
-        if options.z_loss:
-            loss = loss + options.z_loss * log_total * log_total
-        loss = select(label >= 0, loss, 0.0)
-        # An impossible label must not pass for a possible one.
-        loss = select(label < vocabulary, loss, float("nan"))
-        leads = ops.cast(ops.logical_and(possible, own >= peak), "float32")
+        loss, leads, log_total = _of_logits(options, logits, label)
         return carry, (loss, leads, log_total)
 
     carry = ops.zeros((1,), "float32")
     _, outputs = backend.scan(step, carry, chunks.count, [chunks.shape] * 3)
     return tuple(chunks.join(x) for x in outputs)
+
+
+def _of_logits(options, logits, labels):
+    """What `_forward` returns, of logits float32 `[..., V]`."""
+    smoothing, vocabulary = options.label_smoothing, logits.shape[-1]
+    peak = ops.stop_gradient(ops.max(logits, axis=-1, keepdims=True))
+    total = ops.sum(ops.exp(logits - peak), axis=-1)
+    peak = peak[..., 0]
+    log_total = peak + ops.log(total)
+    possible = ops.logical_and(labels >= 0, labels < vocabulary)
+    place = select(possible, labels, 0)[..., None]
+    own = ops.take_along_axis(logits, place, axis=-1)[..., 0]
+    target = own
+    if smoothing:
+        target = (1 - smoothing) * own + smoothing * ops.mean(logits, axis=-1)
+    loss = log_total - target
+    if options.z_loss:
+        loss = loss + options.z_loss * log_total * log_total
+    loss = select(labels >= 0, loss, 0.0)
+    # An impossible label must not pass for a possible one.
+    loss = select(labels < vocabulary, loss, float("nan"))
+    leads = ops.cast(ops.logical_and(possible, own >= peak), "float32")
+    return loss, leads, log_total
 
 
 def _backward(options, tensors, outputs, gradients):
