@@ -18,7 +18,13 @@ from keras_mom.convert.checkpoint import (
     write_checkpoint,
 )
 from keras_mom.convert.fla_tensors import EMBEDDING, HEAD, parts_of, unused_tensors
-from keras_mom.models import MoMBackbone, MoMCausalLM
+from keras_mom.models import CausalAttention, MoMBackbone, MoMCausalLM
+from keras_mom.rules import GatedDeltaNet
+
+# Arguments that a config decides without a word, and one that it sets although no
+# weight depends on it.
+_IMPLIED = {"update_rule", "num_experts"}
+_FREE = {"balance_loss_weight"}
 
 
 class Origin:
@@ -48,14 +54,15 @@ def from_fla(source, config=None, *, dtype=None, preprocessor=None, **options):
     short convolution reads across memories and rows, which no model here does.
 
     Args:
-        source: folder, file or dict of tensors, as `Checkpoint` takes it.
+        source: a `Checkpoint`, or what it takes: a folder, a file or a dict of tensors.
         config: dict, path of a `config.json`, or an object with `to_dict()`. Needed
             where no `config.json` lies beside the files.
-        dtype: dtype or dtype policy of the model, such as `"bfloat16"`. Float32, the
-            default, holds bfloat16 and float16 tensors exactly.
+        dtype: dtype or dtype policy of the model, such as `"bfloat16"`. Defaults to
+            Keras' global policy. Float32 weights hold bfloat16 and float16 tensors
+            exactly.
         preprocessor: of the `MoMCausalLM`.
-        **options: other arguments of `keras_mom.models.MoMBackbone` that no config
-            decides, such as `remat`, `dropout` and `implementation`.
+        **options: other arguments of `keras_mom.models.MoMBackbone`, which change no
+            weight: `remat`, `dropout`, `implementation`, `balance_loss_weight`, ...
 
     Returns:
         `keras_mom.models.MoMCausalLM`. It remembers the config and the dtypes of the
@@ -71,11 +78,12 @@ def from_fla(source, config=None, *, dtype=None, preprocessor=None, **options):
     >>> lm = keras_mom.convert.from_fla("mom-340m", dtype="bfloat16")
     >>> lm.generate([[1, 887, 4]], max_length=64)
     """
-    with Checkpoint(source) as checkpoint:
+    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source)
+    with checkpoint:
         config = _config_dict(config, checkpoint)
         arguments = fla_config.to_backbone_arguments(config)
         layout = fla_config.layout_of(config)
-        decided = sorted(set(options) & set(arguments))
+        decided = sorted(set(options) & (set(arguments) | _IMPLIED) - _FREE)
         if decided:
             raise ValueError(
                 "The checkpoint's config decides "
@@ -84,14 +92,14 @@ def from_fla(source, config=None, *, dtype=None, preprocessor=None, **options):
         parts = list(parts_of(arguments, layout))
         unused = unused_tensors(arguments, layout)
         _check_tensors(checkpoint, parts, unused)
-        backbone = MoMBackbone(**arguments, **options, dtype=dtype)
+        backbone = MoMBackbone(**arguments | options, dtype=dtype)
         for part in parts:
             part.write(backbone, [checkpoint[x] for x in part.names])
         if arguments["tie_embeddings"] and HEAD in checkpoint:
             _check_tied(checkpoint)
         kept = {name: np.array(checkpoint[name]) for name in unused}
         dtypes = {name: info.dtype for name, info in checkpoint.info.items()}
-    model = MoMCausalLM(backbone, preprocessor=preprocessor)
+    model: Any = MoMCausalLM(backbone, preprocessor=preprocessor)
     model.fla_origin = Origin(config, dtypes, kept)
     return model
 
@@ -245,16 +253,43 @@ def _check_tied(checkpoint):
 
 
 def _arguments_of(model):
-    """The arguments of a model's backbone, once they can be represented."""
+    """The arguments of a model's backbone, if its config can say them."""
     if not isinstance(model, MoMCausalLM):
         raise ValueError(
             f"`model` must be a MoMCausalLM. Received: {model.__class__.__name__}"
         )
     backbone = model.backbone
     arguments = backbone.get_config()
-    problems = []
     mixers = [block.mixer for block in backbone.blocks]
-    rules = {x.update_rule.name for x in mixers if isinstance(x, MoMLayer)}
-    del rules
-    raise_problems("The model cannot be represented.", {"options": problems})
-    return arguments
+    with_attention = [
+        i for i, mixer in enumerate(mixers) if isinstance(mixer, CausalAttention)
+    ]
+    update_rules = {
+        mixer.update_rule.__class__.__name__
+        for i, mixer in enumerate(mixers)
+        if i not in with_attention
+    }
+    problems = []
+    if update_rules - {GatedDeltaNet.__name__}:
+        problems.append(
+            f"update_rule: {', '.join(sorted(update_rules))}, must be gated_delta_net"
+        )
+    if arguments["num_experts"]:
+        problems.append(f"num_experts={arguments['num_experts']}: must be 0")
+    if arguments["conv_width"] is None:
+        problems.append("conv_width=None: must be a width")
+    problems += [
+        f"{layer.path}: quantized, must have floating-point weights"
+        for layer in backbone._flatten_layers(include_self=False)
+        if getattr(layer, "quantization_mode", None) is not None
+    ]
+    raise_problems(
+        "MomForCausalLM cannot represent the model.", {"in the way": problems}
+    )
+    of_attention = arguments["num_attention_heads"]
+    return {
+        **arguments,
+        "attention_layers": with_attention,
+        "value_dim": arguments["value_dim"] or arguments["key_dim"],
+        "num_key_value_heads": arguments["num_key_value_heads"] or of_attention,
+    }

@@ -121,8 +121,9 @@ def to_backbone_arguments(config):
     """
     layout = LAYOUTS[layout_of(config)]
     given = {**layout.defaults, **config}
-    attention, problems = _attention_arguments(given["attn"])
-    problems += _unsupported(given)
+    problems, attention = _unsupported(given), {}
+    if not problems:
+        attention, problems = _attention_arguments(given)
     raise_problems(
         "The checkpoint's config cannot be represented.", {"options": problems}
     )
@@ -150,14 +151,12 @@ def to_backbone_arguments(config):
 
 def from_backbone_arguments(arguments, layout):
     """A config, of arguments of `keras_mom.models.MoMBackbone`, for a layout."""
-    value_dim = arguments["value_dim"] or arguments["key_dim"]
     attention = None
     if arguments["attention_layers"]:
-        heads = arguments["num_attention_heads"] or arguments["num_heads"]
         attention = {
             "layers": list(arguments["attention_layers"]),
-            "num_heads": heads,
-            "num_kv_heads": arguments["num_key_value_heads"] or heads,
+            "num_heads": arguments["num_attention_heads"],
+            "num_kv_heads": arguments["num_key_value_heads"],
             "window_size": arguments["sliding_window"],
             "rope_theta": float(arguments["rope_max_wavelength"]),
             "qkv_bias": False,
@@ -170,7 +169,7 @@ def from_backbone_arguments(arguments, layout):
         "hidden_size": arguments["hidden_dim"],
         "num_heads": arguments["num_heads"],
         "head_dim": arguments["key_dim"],
-        "expand_v": value_dim / arguments["key_dim"],
+        "expand_v": arguments["value_dim"] / arguments["key_dim"],
         "intermediate_size": arguments["intermediate_dim"],
         "hidden_act": "swish",
         "tie_word_embeddings": arguments["tie_embeddings"],
@@ -221,8 +220,9 @@ def _unsupported(given):
     return problems
 
 
-def _attention_arguments(attention):
+def _attention_arguments(given):
     """Arguments for the attention layers, and what is not supported, a line each."""
+    attention = given["attn"]
     if not attention:
         return {"attention_layers": ()}, []
     if isinstance(attention, dict):
@@ -240,7 +240,7 @@ def _attention_arguments(attention):
         problems += [
             f"{at}.{name}={spec[name]!r}: not supported"
             for name in ("qkv_bias", "qk_norm")
-            if spec.pop(name)
+            if spec[name]
         ]
         known = ("num_heads", "num_kv_heads", "window_size", "rope_theta")
         problems += [
@@ -249,6 +249,16 @@ def _attention_arguments(attention):
             if name not in (*known, *_ATTENTION_DEFAULTS)
         ]
         rest.append({name: spec[name] for name in known})
+    count = given["num_hidden_layers"]
+    if len(set(layers)) < len(layers) or not set(layers) <= set(range(count)):
+        problems.append(
+            f"attn.layers={layers!r}: must be different indices below {count}"
+        )
+    problems += [
+        f"attn.num_heads={x['num_heads']}: must divide hidden_size"
+        for x in rest
+        if given["hidden_size"] % x["num_heads"]
+    ]
     if any(x != rest[0] for x in rest):
         problems.append(
             f"attn={attention!r}: attention layers must be alike but for `layers`"
