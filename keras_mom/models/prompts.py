@@ -178,9 +178,11 @@ def _from_texts(prompts, max_length, pad_token_id, preprocessor):
         max_length = getattr(preprocessor, "sequence_length", None)
     if max_length is None:
         raise ValueError("`max_length` is needed with this preprocessor.")
-    packed = preprocessor.generate_preprocess(texts, sequence_length=max_length)
+    # Ours cut nothing off; KerasHub's cut to the length and pad up to it.
+    cut = None if isinstance(preprocessor, tokenizers.Tokenizer) else max_length
+    packed = preprocessor.generate_preprocess(texts, sequence_length=cut)
     if not isinstance(packed, dict):
-        packed = _padded([np.asarray(x)[:max_length] for x in packed], max_length, 0)
+        packed = _padded([np.asarray(row) for row in packed])
     read = _from_dict(packed, max_length, pad_token_id)
 
     def restore(new, strip):
@@ -191,8 +193,8 @@ def _from_texts(prompts, max_length, pad_token_id, preprocessor):
     return Prompts(read.rows, read.room, restore, single, texts=True)
 
 
-def _padded(rows, length, pad_token_id):
-    token_ids = np.full((len(rows), length), pad_token_id, "int32")
+def _padded(rows):
+    token_ids = np.zeros((len(rows), max(row.size for row in rows)), "int32")
     padding_mask = np.zeros_like(token_ids)
     for index, row in enumerate(rows):
         token_ids[index, : row.size] = row
