@@ -1,0 +1,6 @@
+"""The base classes of the models."""
+
+import keras
+
+Backbone = keras.Model
+CausalLM = keras.Model
