@@ -3,10 +3,11 @@
 import keras
 
 from keras_mom.models import hub
+from keras_mom.models.generation import GenerationMixin
 
 
 @keras.saving.register_keras_serializable("keras_mom")
-class MoMCausalLM(hub.CausalLM):
+class MoMCausalLM(GenerationMixin, hub.CausalLM):
     """A `MoMBackbone` and the scores of every token's successor.
 
     Args:

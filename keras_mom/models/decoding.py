@@ -12,12 +12,16 @@ import numpy as np
 from keras import ops
 
 from keras_mom import backend, config
+from keras_mom.models import samplers
 
 # What a record holds in place of a token where a row has ended.
 NO_TOKEN = -1
 
 # By model: what it was compiled for, and its programs.
 _PROGRAMS = weakref.WeakKeyDictionary()
+
+# Samplers of other settings than those before need programs of their own.
+_MOST_PROGRAMS = 32
 
 # The smallest piece of a prompt: few sizes are compiled.
 _SMALLEST_PIECE = 16
@@ -43,6 +47,8 @@ def program(lm, key, make, written=()):
         _PROGRAMS[lm] = (made_for, {})
     programs = _PROGRAMS[lm][1]
     if key not in programs:
+        if len(programs) == _MOST_PROGRAMS:
+            del programs[next(iter(programs))]
         reference = weakref.ref(lm)
         programs[key] = backend.decoding_program(
             make(reference),
@@ -87,7 +93,9 @@ def prefill(lm, rows, cache, prefill_length):
 def _make_prefill(lm):
     def function(cache, inputs):
         token_ids, mask = inputs
-        _, cache = lm().backbone.call_with_cache(token_ids, cache, padding_mask=mask)
+        _, cache = lm().backbone.call_with_cache(
+            token_ids, cache, padding_mask=mask, in_place=True
+        )
         return cache, ()
 
     return function
@@ -107,6 +115,7 @@ class Task:
     def __init__(self, rows, room, stop_token_ids, pad_token_id, seed):
         self.rows = rows
         self.room = np.asarray(room, "int32")
+        self.stop_token_ids = stop_token_ids
         # Room for more, so that another number of ids needs no other program.
         size = -(-max(len(stop_token_ids), 1) // 4) * 4
         stops = np.full((size,), NO_TOKEN, "int32")
@@ -125,7 +134,7 @@ def tokens(lm, sampler, task, cache, block):
 
     It holds `NO_TOKEN` where a row has ended.
     """
-    run = program(lm, _key("step", sampler), _make_step(sampler), sampler.variables)
+    run = program(lm, key_of("step", sampler), _make_step(sampler), sampler.variables)
     state, records = task.state, []
     steps = int(task.room.max())
     for step in range(1, steps + 1):
@@ -148,6 +157,7 @@ def _make_step(sampler):
                 state["token"][:, None],
                 cache,
                 padding_mask=ops.logical_not(done)[:, None],
+                in_place=True,
             )
             token = sampler.sample(logits[:, 0], seed, step)
             record = ops.where(done, NO_TOKEN, token)
@@ -162,7 +172,7 @@ def _make_step(sampler):
 
 
 def _done(done, token, step, room, stops):
-    stopped = ops.any(token[..., None] == stops, axis=-1)
+    stopped = ops.any(ops.equal(token[..., None], stops), axis=-1)
     return ops.logical_or(ops.logical_or(done, stopped), step >= room)
 
 
@@ -170,7 +180,7 @@ def beams(lm, sampler, task, cache):
     """A beam search: new tokens of each row's best beam, a list of int32 arrays."""
     width, batch = sampler.num_beams, len(task.rows)
     cache = keras.tree.map_structure(lambda x: ops.repeat(x, width, axis=0), cache)
-    key = _key("beam", sampler)
+    key = key_of("beam", sampler)
     run = program(lm, key, lambda lm: _make_beam_step(lm, sampler))
     state = {
         "token": ops.repeat(task.state["token"], width, axis=0),
@@ -203,6 +213,7 @@ def _make_beam_step(lm, sampler):
             state["token"][:, None],
             cache,
             padding_mask=ops.reshape(ops.logical_not(done), (-1, 1)),
+            in_place=True,
         )
         scores, parent, token = sampler.advance(logits[:, 0], state["scores"], done)
         batch, width = ops.shape(parent)
@@ -229,12 +240,15 @@ def split_rows(records):
     return [row[row != NO_TOKEN].astype("int32") for row in records.T]
 
 
-def _key(kind, sampler):
-    """A sampler that was changed, or another one, needs another program."""
-    settings = repr(sorted(sampler.get_config().items()))
-    # A sampler with variables is bound to them; the program keeps it alive.
-    identity = id(sampler.sampler) if sampler.variables else None
-    return kind, type(sampler), settings, identity
+def key_of(kind, sampler):
+    """What a program depends on: the sampler's settings, not its seed."""
+    settings = sampler.get_config()
+    settings.pop("seed", None)
+    # Others than ours may have what their config does not tell, and variables. The
+    # program keeps the sampler, so that no other one gets its identity.
+    own = type(sampler) in samplers.OWN
+    identity = None if own else id(getattr(sampler, "sampler", sampler))
+    return kind, type(sampler), repr(sorted(settings.items())), identity
 
 
 def _tensors(tree):

@@ -247,6 +247,9 @@ _NAMES = {
     "beam": BeamSampler,
 }
 
+# The samplers whose config tells all that they do.
+OWN = frozenset(_NAMES.values())
+
 
 def names():
     """The names that `get` knows without KerasHub."""
