@@ -60,7 +60,9 @@ def read(prompts, max_length, pad_token_id, preprocessor):
     if _are_texts(prompts):
         return _from_texts(prompts, max_length, pad_token_id, preprocessor)
     if max_length is None:
-        raise ValueError("`max_length` is needed with prompts of token ids.")
+        raise ValueError(
+            "`max_length` is needed with prompts of token ids. Received: None"
+        )
     if isinstance(prompts, (list, tuple)):
         return _from_lists(prompts, max_length)
     return _from_array(prompts, max_length, pad_token_id)
@@ -177,7 +179,9 @@ def _from_texts(prompts, max_length, pad_token_id, preprocessor):
     if max_length is None:
         max_length = getattr(preprocessor, "sequence_length", None)
     if max_length is None:
-        raise ValueError("`max_length` is needed with this preprocessor.")
+        raise ValueError(
+            "`max_length` is needed with this preprocessor. Received: None"
+        )
     # Ours cut nothing off; KerasHub's cut to the length and pad up to it.
     cut = None if isinstance(preprocessor, tokenizers.Tokenizer) else max_length
     packed = preprocessor.generate_preprocess(texts, sequence_length=cut)

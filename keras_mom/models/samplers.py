@@ -235,7 +235,7 @@ class KerasHubSampler(Sampler):
         return ops.cast(self.sampler.get_next_token(probabilities), "int32")
 
     def get_config(self):
-        return {"sampler": keras.saving.serialize_keras_object(self.sampler)}
+        return getattr(self.sampler, "get_config", dict)()
 
 
 _NAMES = {
