@@ -23,10 +23,10 @@ from tests.layer_helpers import BACKEND, to_numpy
 LENGTH = 16  # of whatever is read or written here, so that little is compiled
 
 
-def make_lm(vocabulary_size, seed=0, preprocessor=None, **kwargs):
+def make_lm(vocabulary_size, num_layers, seed=0, preprocessor=None, **kwargs):
     """A language model with weights at which every part matters."""
     backbone = MoMBackbone(
-        vocabulary_size, 2, 8, num_heads=2, key_dim=4, num_memories=3, **kwargs
+        vocabulary_size, num_layers, 8, num_heads=2, key_dim=4, num_memories=3, **kwargs
     )
     rng = np.random.default_rng(seed)
     for variable in backbone.trainable_variables:
@@ -41,13 +41,13 @@ def make_lm(vocabulary_size, seed=0, preprocessor=None, **kwargs):
 
 @pytest.fixture(scope="module")
 def mom():
-    return make_lm(259, preprocessor=ByteTokenizer())
+    return make_lm(259, 1, preprocessor=ByteTokenizer())
 
 
 @pytest.fixture(scope="module")
 def hybrid():
     """Attention, and documents packed in a row."""
-    return make_lm(11, attention_layers=[1], num_key_value_heads=1, packed=True)
+    return make_lm(11, 2, attention_layers=[1], num_key_value_heads=1, packed=True)
 
 
 @pytest.fixture(params=["mom", "hybrid"])
@@ -264,7 +264,7 @@ def test_changed_weights_and_samplers_are_seen(mom):
     before = mom.generate(UNEQUAL, max_length=LENGTH)
     kept = mom.get_weights()
     try:
-        mom.set_weights(make_lm(259, seed=9).get_weights())
+        mom.set_weights(make_lm(259, 1, seed=9).get_weights())
         after = mom.generate(UNEQUAL, max_length=LENGTH)
         assert after != before
         assert after == rerun(mom, UNEQUAL, LENGTH)
@@ -284,7 +284,7 @@ def test_changed_weights_and_samplers_are_seen(mom):
 
 
 def test_programs_keep_no_model_and_a_model_keeps_none():
-    lm = make_lm(11)
+    lm = make_lm(11, 1)
     attributes = set(vars(lm))
     decoding.program(lm, "prefill", decoding._make_prefill)
     assert set(vars(lm)) == attributes
