@@ -65,7 +65,7 @@ class Differentiable:
         )
         def forward(tensors, key):
             options, tensors = self._restore(tensors, key)
-            return list(self.forward(options, *tensors))
+            return [x.contiguous() for x in self.forward(options, *tensors)]
 
         @forward.register_fake
         def _(tensors, key):
@@ -97,7 +97,12 @@ class Differentiable:
 
         @backward.register_fake
         def _(tensors, outputs, gradients, key):
-            return [torch.empty_like(t) for t in tensors if t.is_floating_point()]
+            dense = torch.contiguous_format
+            return [
+                torch.empty_like(t, memory_format=dense)
+                for t in tensors
+                if t.is_floating_point()
+            ]
 
         return backward
 

@@ -35,6 +35,25 @@ class GenerationMixin:
     def sampler(self, value):
         self._sampler = None if value is None else samplers.get(value)
 
+    def compile(self, *args, sampler=None, **kwargs):
+        """Configures training, and the sampler.
+
+        Args:
+            sampler: what `generate` uses where it is given none, as of `generate`.
+                Defaults to greedy.
+            *args, **kwargs: as of `TrainingMixin.compile`.
+        """
+        super().compile(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        # Behind it, because KerasHub has a default of its own.
+        self.sampler = sampler
+
+    def get_compile_config(self):
+        # pyright: ignore[reportAttributeAccessIssue]
+        config = super().get_compile_config()
+        if config is not None and self._sampler is not None:
+            config["sampler"] = samplers.serialize(self._sampler)
+        return config
+
     def generate(
         self,
         prompts,
