@@ -129,6 +129,17 @@ def compiled(function):
     return function
 
 
+def decoding_program(function, read, written, eager=False):
+    """See `keras_mom.backend`. Nothing is compiled; memories are written in place."""
+    del read, written, eager
+
+    def call(carry, inputs):
+        with torch.no_grad():
+            return function(carry, inputs)
+
+    return call
+
+
 def full_precision():
     """Context in which a float32 product is not rounded; torch's default."""
     return contextlib.nullcontext()
