@@ -16,18 +16,20 @@ class Blocks(keras.initializers.Initializer):
 
     Args:
         initializer: initializer of one block.
-        count: number of blocks along the last axis.
+        count: number of blocks.
+        axis: the axis along which they stand.
     """
 
-    def __init__(self, initializer, count):
+    def __init__(self, initializer, count, axis=-1):
         self.initializer = keras.initializers.get(initializer)
         self.count = count
+        self.axis = axis
 
     def __call__(self, shape, dtype=None):
-        block = (*shape[:-1], shape[-1] // self.count)
-        return ops.concatenate(
-            [self._of_block(i)(block, dtype=dtype) for i in range(self.count)], axis=-1
-        )
+        block = list(shape)
+        block[self.axis] //= self.count
+        blocks = [self._of_block(i)(block, dtype=dtype) for i in range(self.count)]
+        return ops.concatenate(blocks, axis=self.axis)
 
     def _of_block(self, index):
         # An initializer draws the same values again and again, unless its seed is a
@@ -44,6 +46,7 @@ class Blocks(keras.initializers.Initializer):
         return {
             "initializer": keras.initializers.serialize(self.initializer),
             "count": self.count,
+            "axis": self.axis,
         }
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_mom import config, rules
+from keras_mom import backend, config, rules
 from keras_mom.checks import check_positive
 from keras_mom.initializers import clone_initializer
 from keras_mom.layers.checks import check_call, check_state
@@ -62,6 +62,8 @@ class MoMLayer(StateMixin, ProjectionsMixin, keras.layers.Layer):
             fixed batch size; see `reset_state`.
         kernel_initializer, kernel_regularizer, kernel_constraint: of the kernels of
             all projections, the router's and the update rule's among them.
+        output_initializer: of the output projection's kernel. Defaults to
+            `kernel_initializer`.
         lora_rank, lora_alpha: if given, the projections are built with LoRA, as after
             `enable_lora`.
         **kwargs: arguments of `keras.layers.Layer`, such as `dtype` and `name`.
@@ -119,6 +121,7 @@ class MoMLayer(StateMixin, ProjectionsMixin, keras.layers.Layer):
         kernel_initializer="glorot_uniform",
         kernel_regularizer=None,
         kernel_constraint=None,
+        output_initializer=None,
         lora_rank=None,
         lora_alpha=None,
         **kwargs,
@@ -167,6 +170,9 @@ class MoMLayer(StateMixin, ProjectionsMixin, keras.layers.Layer):
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
         self.kernel_constraint = keras.constraints.get(kernel_constraint)
+        self.output_initializer = keras.initializers.get(
+            output_initializer
+        )
         self.supports_masking = True
         self.input_spec = keras.layers.InputSpec(ndim=3)
         self.states = None
@@ -196,12 +202,12 @@ class MoMLayer(StateMixin, ProjectionsMixin, keras.layers.Layer):
             **weights,
         )
 
-        def dense(sets, units, name):
+        def dense(sets, units, name, initializer=None):
             return per_memory_dense(
                 sets,
                 units,
                 name,
-                kernel_initializer=self.kernel_initializer,
+                kernel_initializer=initializer or self.kernel_initializer,
                 dtype=self.dtype_policy,
                 **weights,
             )
@@ -236,7 +242,9 @@ class MoMLayer(StateMixin, ProjectionsMixin, keras.layers.Layer):
             )
         self.input_spec = keras.layers.InputSpec(ndim=3, axes={-1: width})
         with keras.RematScope(mode=None):
-            self.output_projection = self._make_dense(1, width, "output")
+            self.output_projection = self._make_dense(
+                1, width, "output", self.output_initializer
+            )
         self._prepare_sublayer(self.output_projection)
         for layer in self._projections():
             if layer is not self.output_projection:
@@ -311,7 +319,37 @@ class MoMLayer(StateMixin, ProjectionsMixin, keras.layers.Layer):
 
         return call
 
-    def _compute(self, inputs, mask, initial_state, segment_ids):
+    def call_with_state(
+        self, inputs, state, mask=None, segment_ids=None, in_place=False
+    ):
+        """A call that takes a state up and returns the next one.
+
+        Whatever `return_state` and `stateful` say. It leaves nothing behind: no loss,
+        no routing statistics.
+
+        Args:
+            inputs, mask, segment_ids: as in a call.
+            state: as `get_initial_state` gives it.
+            in_place: whether the tensors of `state` may be overwritten, because
+                nobody needs them any more. Only torch does so.
+
+        Returns:
+            Output `[B, T, D]` and the new state.
+        """
+        output, state, _ = self._compute(
+            inputs, mask, state, segment_ids, return_state=True, in_place=in_place
+        )
+        return output, state
+
+    def _compute(
+        self,
+        inputs,
+        mask,
+        initial_state,
+        segment_ids,
+        return_state=False,
+        in_place=False,
+    ):
         """Returns output, new state (or None) and routing statistics."""
         inputs = ops.cast(ops.convert_to_tensor(inputs), self.compute_dtype)
         batch, length, _ = ops.shape(inputs)
@@ -345,11 +383,12 @@ class MoMLayer(StateMixin, ProjectionsMixin, keras.layers.Layer):
             kernels = [
                 ops.convert_to_tensor(kernel) for kernel in self.convolution_kernels
             ]
-        return_state = self.return_state or self.stateful
+        in_place = in_place and backend.overwrites_variables()
+        return_state = return_state or self.return_state or self.stateful
         options = dict(
             implementation=self.implementation,
             return_state=return_state,
-            in_place=self._keeps_state(initial_state),
+            in_place=in_place or self._keeps_state(initial_state),
         )
         layer = (self.sizes, self.update_rule, kernels, self._output_norm(inputs))
         common = (*layer, tokens, weights, indices, mask)
@@ -488,6 +527,9 @@ class MoMLayer(StateMixin, ProjectionsMixin, keras.layers.Layer):
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
             "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
             "kernel_constraint": keras.constraints.serialize(self.kernel_constraint),
+            "output_initializer": keras.initializers.serialize(
+                self.output_initializer
+            ),
             **self._projections_config(),
         }
 

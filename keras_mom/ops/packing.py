@@ -231,7 +231,7 @@ class Documents:
 @backend.compiled
 def _document_tables(_, segment_ids, mask, token, place, position):
     """The tensors of `Documents`, in their order."""
-    of_tokens = _document_numbers(segment_ids, mask)
+    of_tokens = document_numbers(segment_ids, mask)
     filled = token >= 0
     number = ops.take_along_axis(of_tokens, at_least(token, 0), axis=1)
     of_rows = select(filled, number, 0)
@@ -242,7 +242,7 @@ def _document_tables(_, segment_ids, mask, token, place, position):
     return of_rows, ops.cast(changed, "int32"), last, newest < last[:, None]
 
 
-def _document_numbers(segment_ids, mask):
+def document_numbers(segment_ids, mask):
     """Numbers the documents of each batch row from 0; masked tokens begin none."""
     batch, length = ops.shape(segment_ids)
     if mask is None:
