@@ -170,9 +170,7 @@ class MoMLayer(StateMixin, ProjectionsMixin, keras.layers.Layer):
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
         self.kernel_constraint = keras.constraints.get(kernel_constraint)
-        self.output_initializer = keras.initializers.get(
-            output_initializer
-        )
+        self.output_initializer = keras.initializers.get(output_initializer)
         self.supports_masking = True
         self.input_spec = keras.layers.InputSpec(ndim=3)
         self.states = None
@@ -527,9 +525,7 @@ class MoMLayer(StateMixin, ProjectionsMixin, keras.layers.Layer):
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
             "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
             "kernel_constraint": keras.constraints.serialize(self.kernel_constraint),
-            "output_initializer": keras.initializers.serialize(
-                self.output_initializer
-            ),
+            "output_initializer": keras.initializers.serialize(self.output_initializer),
             **self._projections_config(),
         }
 

@@ -45,7 +45,9 @@ def places(start, document_start, token_ids, mask, segment_ids):
         mask: bool `[B, T]` or None.
         segment_ids: int32 `[B, T]` or None.
     """
-    valid = ops.ones_like(token_ids, "int32") if mask is None else ops.cast(mask, "int32")
+    valid = (
+        ops.ones_like(token_ids, "int32") if mask is None else ops.cast(mask, "int32")
+    )
     position = start[:, None] + ops.cumsum(valid, axis=1) - 1
     document = None
     next_start = document_start

@@ -97,9 +97,7 @@ class CausalAttention(ProjectionsMixin, keras.layers.Layer):
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
         self.kernel_constraint = keras.constraints.get(kernel_constraint)
-        self.output_initializer = keras.initializers.get(
-            output_initializer
-        )
+        self.output_initializer = keras.initializers.get(output_initializer)
         self.supports_masking = True
         self.update_rule = None
         self.gate_projection = None
@@ -156,7 +154,9 @@ class CausalAttention(ProjectionsMixin, keras.layers.Layer):
             mask = ops.cast(mask, "bool")
             position = ops.cumsum(ops.cast(mask, "int32"), axis=1) - 1
         query, key, value = self._project(inputs, position)
-        if self.sliding_window is not None or not (mask is None and segment_ids is None):
+        if self.sliding_window is not None or not (
+            mask is None and segment_ids is None
+        ):
             document = None
             if segment_ids is not None:
                 document = document_numbers(ops.cast(segment_ids, "int32"), mask)
