@@ -22,6 +22,8 @@ RUN = (
     "memories",
     "top_k",
     "feed_forward",
+    "convolution",
+    "tied",
     "epochs",
     "batch_size",
     "weight_decay",
