@@ -216,7 +216,7 @@ def _against_state(axes, task, models):
         axes.set_title(f"{task}: {last['test']}")
     for name, points in curves.items():
         _curve(axes, name, sorted(points))
-    axes.set_xscale("log")
+    axes.set_xscale("log", base=2)
     axes.set_xlabel("numbers in the state")
 
 

@@ -20,6 +20,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -251,6 +252,8 @@ def main():
     arguments = parse_arguments()
     if arguments.dtype:
         keras.config.set_dtype_policy(arguments.dtype)
+    # The router of a single memory.
+    warnings.filterwarnings("ignore", message="You are using a softmax over axis")
     preset = chosen_preset(arguments)
     arguments.hardware = arguments.hardware or hardware(keras_mom.backend.accelerator())
     folder = arguments.out or f"recall_{arguments.preset}"
