@@ -129,7 +129,7 @@ SMALL = Preset(
     widths=(64,),
     layers=1,
     key_dim=4,
-    value_dim=16,
+    value_dim=32,
     top_k=1,
     tied=False,
 )
