@@ -32,6 +32,7 @@ from recall_results import Results, hardware, plot, run_name, table
 from recall_settings import PRESETS
 
 import keras_mom
+from keras_mom.backend import accelerator
 
 # Added to a run's seed; training data have the seed itself.
 VALIDATION_SEED, TEST_SEED = 1_000_000, 2_000_000
@@ -255,7 +256,7 @@ def main():
     # The router of a single memory.
     warnings.filterwarnings("ignore", message="You are using a softmax over axis")
     preset = chosen_preset(arguments)
-    arguments.hardware = arguments.hardware or hardware(keras_mom.backend.accelerator())
+    arguments.hardware = arguments.hardware or hardware(accelerator())
     folder = arguments.out or f"recall_{arguments.preset}"
     results = Results(folder)
     runs = list_runs(preset)
