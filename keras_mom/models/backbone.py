@@ -7,7 +7,7 @@ from keras_mom import rules
 from keras_mom.checks import check_positive
 from keras_mom.initializers import Scaled
 from keras_mom.layers.mom_layer import MoMLayer
-from keras_mom.models import hub
+from keras_mom.models import hub, presets
 from keras_mom.models.cache import places
 from keras_mom.models.causal_attention import CausalAttention
 from keras_mom.models.decoder_block import MoMDecoderBlock
@@ -64,7 +64,9 @@ class MoMBackbone(hub.Backbone):
         kernel_initializer: of all kernels. Defaults to the normal distribution above.
         kernel_regularizer, kernel_constraint: of the kernels of all blocks.
         seed: seed of the dropout.
-        dtype: dtype policy of all layers.
+        lora_rank, lora_layers: if given, LoRA is enabled, as after `enable_lora`.
+        dtype: dtype policy of all layers; a `keras.dtype_policies.DTypePolicyMap` of
+            their paths where some of them are quantized.
         **kwargs: `name` and `trainable`.
 
     Call arguments:
@@ -105,7 +107,7 @@ class MoMBackbone(hub.Backbone):
         experts_per_token=2,
         shared_expert=False,
         expert_balance_loss_weight=0.01,
-        tie_embeddings=False,
+        tie_embeddings=True,
         dropout=0.0,
         packed=False,
         remat=False,
@@ -123,6 +125,8 @@ class MoMBackbone(hub.Backbone):
         kernel_regularizer=None,
         kernel_constraint=None,
         seed=None,
+        lora_rank=None,
+        lora_layers=None,
         dtype=None,
         **kwargs,
     ):
@@ -221,7 +225,8 @@ class MoMBackbone(hub.Backbone):
         final_norm = keras.layers.RMSNormalization(
             epsilon=norm_epsilon, dtype=dtype, name="final_norm"
         )
-        final_norm.supports_masking = True
+        # Masks go on to the end of the blocks, and the scores of tokens need none.
+        token_embedding.supports_masking = final_norm.supports_masking = True
 
         names = ["token_ids", "padding_mask"] + ["segment_ids"] * bool(packed)
         inputs = {
@@ -232,13 +237,15 @@ class MoMBackbone(hub.Backbone):
             x = layer(
                 x, mask=inputs["padding_mask"], segment_ids=inputs.get("segment_ids")
             )
-        super().__init__(inputs=inputs, outputs=final_norm(x), **kwargs)
+        outputs = final_norm(x)
+        super().__init__(inputs=inputs, outputs=outputs, dtype=dtype, **kwargs)
 
         self.token_embedding = token_embedding
         self.blocks = blocks
         self.final_norm = final_norm
-        if dtype is not None:
-            self.dtype_policy = keras.dtype_policies.get(dtype)
+        self.lora_rank, self.lora_layers = None, None
+        if lora_rank is not None:
+            self.enable_lora(lora_rank, lora_layers)
         if not isinstance(attention_layers, int):
             attention_layers = [int(index) for index in attention_layers]
         self._config = {
@@ -349,15 +356,122 @@ class MoMBackbone(hub.Backbone):
         cache = {**following, "layers": layers}
         return self.final_norm(x), cache
 
+    # LoRA and quantization.
+
+    def default_lora_layer_names(self):
+        """Names of the projections that get LoRA: of query and value."""
+        return ["query", "value"]
+
+    def enable_lora(self, rank, target_layer_names=None):
+        """Adds low-rank updates to projections, and freezes all else.
+
+        Args:
+            rank: rank of the updates.
+            target_layer_names: names of the layers to update, among `query`, `key`,
+                `value`, `gate`, `up`, `down` and `output`. Defaults to
+                `default_lora_layer_names()`.
+
+        Raises:
+            ValueError: if a name is that of no layer, or LoRA is enabled already.
+        """
+        check_positive("rank", rank)
+        names = target_layer_names or self.default_lora_layer_names()
+        layers = [x for x in self._flatten_layers(include_self=False) if x.weights]
+        targets = [
+            (index, layer)
+            for index, layer in enumerate(layers)
+            if layer.name in names
+            and hasattr(layer, "enable_lora")
+            # Those which are made of others leave it to them.
+            and len(layer._flatten_layers()) == 1
+        ]
+        unknown = set(names) - {layer.name for _, layer in targets}
+        if unknown:
+            raise ValueError(
+                "`target_layer_names` must be names of projections in the model. "
+                f"Received: {sorted(unknown)}"
+            )
+        self.trainable = True
+        for layer in layers:
+            layer.trainable = False
+        for _, layer in targets:
+            layer.trainable = True
+            layer.enable_lora(rank)
+        self.lora_rank, self.lora_layers = rank, list(names)
+        # What KerasHub's `save_lora_weights` reads.
+        self._lora_rank = rank
+        self._lora_enabled_layers = [index for index, _ in targets]
+
+    def quantize(self, mode=None, config=None, filters=None, **kwargs):
+        """Quantizes projections and embeddings; see `keras.Model.quantize`.
+
+        Without `filters`, routers and the update rules' own projections keep their
+        precision.
+        """
+        if filters is None:
+            filters = self.is_quantizable
+        super().quantize(mode, config=config, filters=filters, **kwargs)
+
+    def is_quantizable(self, layer):
+        """Whether `quantize` takes this layer, when it is given no other filter."""
+        kept = set()
+        for block in self.blocks:
+            rule = getattr(block.mixer, "update_rule", None)
+            routers = (
+                getattr(part, "router", None)
+                for part in (block.mixer, block.feed_forward)
+            )
+            for part in (rule, *routers):
+                if part is not None:
+                    kept.update(id(x) for x in part._flatten_layers())
+        return id(layer) not in kept and isinstance(
+            layer, keras.layers.Dense | keras.layers.Embedding
+        )
+
     # Keras' protocols.
+
+    @classmethod
+    def from_preset(cls, preset, load_weights=True, **kwargs):
+        """Makes the backbone of a name or of a folder.
+
+        Args:
+            preset: `"mom_340m"`, `"mom_1.3b"` or `"mom_tiny"`, configurations with
+                random weights; the path of a folder that `save_to_preset` wrote; or
+                with KerasHub whatever it takes.
+            load_weights: whether to load a folder's weights.
+            **kwargs: arguments of the backbone that differ.
+
+        Raises:
+            ValueError: if there is no such preset.
+        """
+        config = presets.configuration(preset)
+        if config is not None:
+            return cls(**{**config, **kwargs})
+        return super().from_preset(preset, load_weights=load_weights, **kwargs)
 
     def get_config(self):
         return {
             **self._config,
+            "lora_rank": self.lora_rank,
+            "lora_layers": self.lora_layers,
             "name": self.name,
             "trainable": self.trainable,
-            "dtype": keras.dtype_policies.serialize(self.dtype_policy),
+            "dtype": keras.dtype_policies.serialize(self._policies()),
         }
+
+    def _policies(self):
+        """The dtype policy, with those of the quantized layers."""
+        policy = self.dtype_policy
+        if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
+            return policy
+        quantized = {
+            layer.path: layer.dtype_policy
+            for layer in self._flatten_layers(include_self=False)
+            if layer.quantization_mode is not None
+        }
+        if not quantized:
+            return policy
+        return keras.dtype_policies.DTypePolicyMap(policy.name, quantized)
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
