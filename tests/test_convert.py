@@ -20,8 +20,8 @@ safetensors = pytest.importorskip("safetensors.numpy")
 TOKENS = np.random.default_rng(1).integers(0, 19, (2, 11)).astype("int32")
 HYBRID = {
     "layers": [1],
-    "num_heads": 6,
-    "num_kv_heads": 3,
+    "num_heads": 3,
+    "num_kv_heads": 1,
     "window_size": 5,
     "rope_theta": 100.0,
 }
