@@ -4,11 +4,12 @@ import keras
 
 from keras_mom.models import hub, presets
 from keras_mom.models.backbone import MoMBackbone
+from keras_mom.models.generation import GenerationMixin
 from keras_mom.models.training import TrainingMixin
 
 
 @keras.saving.register_keras_serializable("keras_mom")
-class MoMCausalLM(TrainingMixin, hub.CausalLM):
+class MoMCausalLM(GenerationMixin, TrainingMixin, hub.CausalLM):
     """A `MoMBackbone` and the scores of every token's successor.
 
     Args:
