@@ -51,6 +51,35 @@ class Blocks(keras.initializers.Initializer):
 
 
 @keras.saving.register_keras_serializable("keras_mom")
+class Scaled(keras.initializers.Initializer):
+    """Draws of another initializer, times a number.
+
+    Projections that end in a residual stream of N additions are scaled by
+    `N**-0.5` (GPT-2).
+
+    Args:
+        initializer: the other initializer.
+        scale: the number.
+    """
+
+    def __init__(self, initializer, scale):
+        self.initializer = keras.initializers.get(initializer)
+        self.scale = float(scale)
+
+    def __call__(self, shape, dtype=None):
+        return self.initializer(shape, dtype=dtype) * self.scale
+
+    def clone(self):
+        return Scaled(clone_initializer(self.initializer), self.scale)
+
+    def get_config(self):
+        return {
+            "initializer": keras.initializers.serialize(self.initializer),
+            "scale": self.scale,
+        }
+
+
+@keras.saving.register_keras_serializable("keras_mom")
 class LogUniform(keras.initializers.Initializer):
     """Logarithm of values that are uniform in `(low, high)`.
 

@@ -90,6 +90,19 @@ def to_bfloat16(x):
     return x.astype(ml_dtypes.bfloat16).astype(x.dtype)
 
 
+def bfloat16_product(x, kernel):
+    """The product of the framework's Dense layers in bfloat16, in the dtype of `x`.
+
+    How often a framework rounds its sums depends on the processor.
+    """
+    rows, kernel = (
+        keras.ops.convert_to_tensor(part.astype("float32"), dtype="bfloat16")
+        for part in (np.atleast_2d(x), kernel)
+    )
+    result = to_numpy(keras.ops.cast(keras.ops.matmul(rows, kernel), "float32"))
+    return result.reshape(*x.shape[:-1], -1).astype(x.dtype)
+
+
 def round_to_bfloat16(layer):
     """Rounds the weights that a bfloat16 layer rounds: those of its projections."""
     for name, variable in variables_of(layer).items():

@@ -5,6 +5,8 @@ equations of arXiv 2502.13685 alone, with those of the rules in `rule_reference`
 packing, no chunks.
 """
 
+import operator
+
 import numpy as np
 
 from tests.layer_helpers import to_numpy, variables_of
@@ -29,7 +31,7 @@ def mom_layer(
     segment_ids=None,
     initial_state=None,
     indices=None,
-    rounded=lambda x: x,
+    product=operator.matmul,
     xp=np,
 ):
     """Runs the layer over a batch.
@@ -42,8 +44,8 @@ def mom_layer(
         segment_ids: integer `[B, T]` or None.
         initial_state: (memories, windows), or (memories,) without a convolution.
         indices: `[B, T, k]`, to route as told; else the most probable memories.
-        rounded: what is done to each projection of a token: the rounding of a
-            compute dtype, or nothing.
+        product: the product of a token, or of several, with a projection's kernel:
+            exact, or that of a compute dtype.
         xp: `numpy` or `torch`.
 
     Returns:
@@ -65,20 +67,20 @@ def mom_layer(
                 document = segment_ids[row, t]
             fixed = None if indices is None else [int(i) for i in indices[row, t]]
             token = inputs[row, t]
-            output, state = _step(layer, weights, token, state, fixed, rounded, xp)
+            output, state = _step(layer, weights, token, state, fixed, product, xp)
             row_outputs.append(output)
         outputs.append(xp.stack(row_outputs))
         states.append([xp.stack(list(x)) for x in state])
     return xp.stack(outputs), tuple(xp.stack(list(x)) for x in zip(*states))
 
 
-def lone_memory(layer, weights, inputs, rounded=lambda x: x):
+def lone_memory(layer, weights, inputs, product=operator.matmul):
     """`mom_layer` for one memory without a convolution, of one row, on NumPy.
 
     Projects all tokens at once, and so is fast enough for many.
 
     Args:
-        layer, weights, rounded: as `mom_layer` takes them.
+        layer, weights, product: as `mom_layer` takes them.
         inputs: float64 `[T, D]`.
 
     Returns:
@@ -86,7 +88,7 @@ def lone_memory(layer, weights, inputs, rounded=lambda x: x):
     """
     heads, key_dim, value_dim = layer.num_heads, layer.key_dim, layer.value_dim
     query, key, value = (
-        rounded(inputs @ weights[name]).reshape(-1, heads, width)
+        product(inputs, weights[name]).reshape(-1, heads, width)
         for name, width in (
             ("query", key_dim),
             ("key", key_dim),
@@ -95,7 +97,7 @@ def lone_memory(layer, weights, inputs, rounded=lambda x: x):
     )
     rule = layer.update_rule
     step = STEPS[name_of(rule)]
-    projected = _ProjectedOnce(weights, inputs, rounded)
+    projected = _ProjectedOnce(weights, inputs, product)
     state = np.zeros((heads, *rule.state_shape))
     mixed = []
     for t in range(len(inputs)):
@@ -108,26 +110,26 @@ def lone_memory(layer, weights, inputs, rounded=lambda x: x):
     normalized = mixed / np.sqrt(mean_square + layer.norm_epsilon)
     output = (normalized * weights["norm_scale"]).reshape(len(inputs), -1)
     if layer.use_output_gate:
-        output = output * _silu(rounded(inputs @ weights["gate"]), np)
-    return output @ weights["output"], state
+        output = output * _silu(product(inputs, weights["gate"]), np)
+    return product(output, weights["output"]), state
 
 
 class _ProjectedOnce:
     """A rule's projections of all tokens, made when the first token asks for them."""
 
-    def __init__(self, weights, inputs, rounded):
-        self.weights, self.inputs, self.rounded = weights, inputs, rounded
+    def __init__(self, weights, inputs, product):
+        self.weights, self.inputs, self.product = weights, inputs, product
         self.of_name = {}
 
     def of_token(self, t):
         def project(name, width):
             if name not in self.of_name:
-                self.of_name[name] = self.rounded(self.inputs @ self.weights[name])
+                self.of_name[name] = self.product(self.inputs, self.weights[name])
             return self.of_name[name][t]
 
         def low_rank(name, rank, width, activation):
             if name not in self.of_name:
-                low = self.rounded(self.inputs @ self.weights[f"{name}/down_kernel"])
+                low = self.product(self.inputs, self.weights[f"{name}/down_kernel"])
                 low = low if activation is None else activation(low)
                 output = low @ self.weights[f"{name}/up_kernel"]
                 if f"{name}/bias" in self.weights:
@@ -150,7 +152,7 @@ def empty_state(layer, xp=np):
     return state
 
 
-def _step(layer, weights, x, state, indices, rounded, xp):
+def _step(layer, weights, x, state, indices, product, xp):
     # 1. Router: the k most probable memories; ties go to the lowest index.
     logits = x @ weights["router"]
     exponentials = xp.exp(logits - logits.max())
@@ -168,7 +170,7 @@ def _step(layer, weights, x, state, indices, rounded, xp):
     state = [list(x) for x in state]
     mixed = 0.0
     for memory, weight in visits:
-        answer = _visit(layer, weights, x, state, memory, rounded, xp)
+        answer = _visit(layer, weights, x, state, memory, product, xp)
         mixed = mixed + weight * answer
 
     # 7. RMS norm over each head's V channels, gate, output projection.
@@ -176,11 +178,11 @@ def _step(layer, weights, x, state, indices, rounded, xp):
     normalized = mixed / xp.sqrt(mean_square + layer.norm_epsilon)
     output = (normalized * weights["norm_scale"]).reshape(-1)
     if layer.use_output_gate:
-        output = output * _silu(rounded(x @ weights["gate"]), xp)
-    return output @ weights["output"], state
+        output = output * _silu(product(x, weights["gate"]), xp)
+    return product(output, weights["output"]), state
 
 
-def _visit(layer, weights, x, state, memory, rounded, xp):
+def _visit(layer, weights, x, state, memory, product, xp):
     """Writes a token into one memory, in place of the lists, and reads: `[H, V]`."""
     heads, key_dim, value_dim = layer.num_heads, layer.key_dim, layer.value_dim
     rule_name = name_of(layer.update_rule)
@@ -190,10 +192,10 @@ def _visit(layer, weights, x, state, memory, rounded, xp):
         place = 1 if memory == layer.num_memories else 0
 
     def of_memory(name, width):
-        return rounded(x @ _columns(weights[name], place, width))
+        return product(x, _columns(weights[name], place, width))
 
     raw = {
-        "query": rounded(x @ weights["query"]),
+        "query": product(x, weights["query"]),
         "key": of_memory("key", heads * key_dim),
         "value": of_memory("value", heads * value_dim),
     }
@@ -213,7 +215,7 @@ def _visit(layer, weights, x, state, memory, rounded, xp):
 
     # 4. Update and read.
     def low_rank(name, rank, width, activation):
-        low = rounded(x @ _columns(weights[f"{name}/down_kernel"], place, rank))
+        low = product(x, _columns(weights[f"{name}/down_kernel"], place, rank))
         low = low if activation is None else activation(low)
         output = low @ _columns(weights[f"{name}/up_kernel"], place, width)
         if f"{name}/bias" in weights:

@@ -6,6 +6,7 @@ import pytest
 from tests.layer_agreement import check_layer
 from tests.layer_helpers import (
     assert_close,
+    bfloat16_product,
     call,
     make_layer,
     relative_rms,
@@ -109,13 +110,13 @@ def test_route_is_the_routing_of_the_call():
 def test_mixed_bfloat16(variant):
     """All that a bfloat16 layer adds to its bfloat16 projections stays below 5e-3.
 
-    Inputs and kernels are bfloat16 numbers, and the reference rounds what a Dense
-    layer of this dtype returns. The router is float32: the routing is the same.
+    Inputs and kernels are bfloat16 numbers, and the reference projects with the
+    framework's product of this dtype. The router is float32: the routing is the same.
     """
     layer = make_layer(dtype="mixed_bfloat16", return_state=True, **VARIANTS[variant])
     round_to_bfloat16(layer)
     inputs = to_bfloat16(tokens(BATCH, LENGTH, WIDTH))
     expected = mom_layer(
-        layer, weights_of(layer), inputs.astype("float64"), rounded=to_bfloat16
+        layer, weights_of(layer), inputs.astype("float64"), product=bfloat16_product
     )
     assert_close(call(layer, inputs), expected, 5e-3)

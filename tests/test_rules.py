@@ -9,6 +9,7 @@ from tests.layer_agreement import check_layer, check_outputs
 from tests.layer_helpers import (
     BACKEND,
     assert_close,
+    bfloat16_product,
     call,
     evaluate,
     make_layer,
@@ -132,7 +133,7 @@ def test_16k_tokens_in_bfloat16(name):
     outputs, of_inputs, of_weights = evaluate(layer, inputs, tokens(1, 16384, 8))
     weights = weights_of(layer)
     expected, state = lone_memory(
-        layer, weights, inputs[0].astype("float64"), rounded=to_bfloat16
+        layer, weights, inputs[0].astype("float64"), product=bfloat16_product
     )
     assert_close((outputs[0][0], outputs[1][0][0, 0]), (expected, state), 5e-3)
     for gradient in (of_inputs, *of_weights.values()):

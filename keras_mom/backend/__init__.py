@@ -17,6 +17,11 @@ Each module of this package offers the same names for one Keras backend:
 - `compiled(function)`: `function(options, *tensors)`, as one program where a call
   outside of a compiled function would compile every operation for itself. Options are
   hashable; tensors and results are tuples, named tuples and dicts of tensors and None;
+- `decoding_program(function, read, written, eager)`: `call(carry, inputs)`, one
+  compiled program of `function(carry, inputs)`, which returns a carry and outputs, all
+  nested structures of tensors. The carry given is used up: its memory serves the next.
+  `read()` lists the variables that the function reads, which it sees as they are at
+  each call, and `written` those that it writes. With `eager` nothing is compiled;
 - `gather_batch(inputs, index)`: `[B, R, E]` of the rows `index` int32 `[B, R]`, none
   of them negative, of each batch row of `[B, S, E]`;
 - `fill_batch(size, index, values)`: int32 `[B, size]`, in each batch row `values` at
@@ -49,6 +54,7 @@ else:
 Differentiable = _implementation.Differentiable
 accelerator = _implementation.accelerator
 compiled = _implementation.compiled
+decoding_program = _implementation.decoding_program
 fill_batch = _implementation.fill_batch
 gather_batch = _implementation.gather_batch
 full_precision = _implementation.full_precision
@@ -63,6 +69,7 @@ __all__ = [
     "accelerator",
     "block_elements",
     "compiled",
+    "decoding_program",
     "fill_batch",
     "full_precision",
     "gather_batch",

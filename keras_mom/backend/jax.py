@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import keras
 from jax.core import Tracer
 
 
@@ -57,6 +58,28 @@ class Differentiable:
 def compiled(function):
     """See `keras_mom.backend`. Else JAX compiles operation by operation."""
     return jax.jit(function, static_argnums=0)
+
+
+def decoding_program(function, read, written, eager=False):
+    """See `keras_mom.backend`. The carry's buffers are donated."""
+
+    def run(carry, values, states, inputs):
+        mapping = [*zip(read(), values), *zip(written, states)]
+        with keras.StatelessScope(mapping) as scope:
+            carry, outputs = function(carry, inputs)
+        return carry, outputs, [scope.get_current_value(v) for v in written]
+
+    compiled_run = run if eager else jax.jit(run, donate_argnums=0)
+
+    def call(carry, inputs):
+        values = [variable.value for variable in read()]
+        states = [variable.value for variable in written]
+        carry, outputs, states = compiled_run(carry, values, states, inputs)
+        for variable, value in zip(written, states):
+            variable.assign(value)
+        return carry, outputs
+
+    return call
 
 
 def gather_batch(inputs, index):

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 from keras_mom.backend import flat
@@ -48,6 +49,23 @@ class Differentiable:
 def compiled(function):
     """See `keras_mom.backend`. Operations need no compilation here."""
     return function
+
+
+def decoding_program(function, read, written, eager=False):
+    """See `keras_mom.backend`. TensorFlow reads variables where they are."""
+    del read
+
+    def call(carry, inputs):
+        # Losses of symbolic tensors would stay in the layers.
+        with keras.StatelessScope() as scope:
+            carry, outputs = function(carry, inputs)
+        for variable in written:
+            value = scope.get_current_value(variable)
+            if value is not None:
+                variable.assign(value)
+        return carry, outputs
+
+    return call if eager else tf.function(call, jit_compile=True, autograph=False)
 
 
 def accelerator():

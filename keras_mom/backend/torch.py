@@ -68,7 +68,7 @@ class Differentiable:
         )
         def forward(tensors, key):
             options, tensors = self._restore(tensors, key)
-            return list(self.forward(options, *tensors))
+            return [x.contiguous() for x in self.forward(options, *tensors)]
 
         @forward.register_fake
         def _(tensors, key):
@@ -100,7 +100,12 @@ class Differentiable:
 
         @backward.register_fake
         def _(tensors, outputs, gradients, key):
-            return [torch.empty_like(t) for t in tensors if t.is_floating_point()]
+            dense = torch.contiguous_format
+            return [
+                torch.empty_like(t, memory_format=dense)
+                for t in tensors
+                if t.is_floating_point()
+            ]
 
         return backward
 
@@ -125,6 +130,17 @@ class Differentiable:
 def compiled(function):
     """See `keras_mom.backend`. Operations need no compilation here."""
     return function
+
+
+def decoding_program(function, read, written, eager=False):
+    """See `keras_mom.backend`. Nothing is compiled; memories are written in place."""
+    del read, written, eager
+
+    def call(carry, inputs):
+        with torch.no_grad():
+            return function(carry, inputs)
+
+    return call
 
 
 def full_precision():

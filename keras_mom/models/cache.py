@@ -36,29 +36,49 @@ class Places(NamedTuple):
         return self.position[:, -1] + 1
 
 
-def places(start, document_start, token_ids, mask, segment_ids):
-    """The `Places` of the tokens of a call, and the next call's `document_start`.
+def places(cache, token_ids, mask, segment_ids):
+    """The `Places` of a call's tokens, and what the cache carries on beside layers.
 
     Args:
-        start, document_start: int32 `[B]`.
+        cache: dict of `position`, `document_start` and `segment_id`, int32 `[B]` each:
+            the number of valid tokens so far, how many of them came before the
+            document that goes on, and the segment id of the last valid token.
         token_ids: `[B, T]`.
         mask: bool `[B, T]` or None.
         segment_ids: int32 `[B, T]` or None.
+
+    Returns:
+        `Places`; bool `[B]`, whether a row's first valid token begins a new document,
+        or None without `segment_ids`; and the dict for the next call.
     """
-    valid = (
-        ops.ones_like(token_ids, "int32") if mask is None else ops.cast(mask, "int32")
-    )
+    start = cache["position"]
+    if mask is None:
+        valid = ops.ones_like(token_ids, "int32")
+    else:
+        valid = ops.cast(mask, "int32")
     position = start[:, None] + ops.cumsum(valid, axis=1) - 1
-    document = None
-    next_start = document_start
-    if segment_ids is not None:
-        document = document_numbers(segment_ids, mask)
-        last = document[:, -1:]
-        # Valid tokens that belong to the last document.
-        tokens = ops.sum(valid * ops.cast(document == last, "int32"), axis=1)
-        began = position[:, -1] + 1 - tokens
-        next_start = ops.where(last[:, 0] > 0, began, document_start)
-    return Places(position, start, document, document_start, mask), next_start
+    end = position[:, -1] + 1
+    if segment_ids is None:
+        where = Places(position, start, None, cache["document_start"], mask)
+        return where, None, {**cache, "position": end}
+    # The first valid token, and the last; a row without any has none to read.
+    counted = position - start[:, None] + 1
+    first = valid * ops.cast(counted == 1, "int32")
+    last = valid * ops.cast(position == end[:, None] - 1, "int32")
+    anew = ops.sum(first * segment_ids, axis=1) != cache["segment_id"]
+    anew = ops.logical_and(anew, ops.logical_and(start > 0, end > start))
+    begin = ops.where(anew, start, cache["document_start"])
+    document = document_numbers(segment_ids, mask)
+    newest = document[:, -1:]
+    tokens = ops.sum(valid * ops.cast(document == newest, "int32"), axis=1)
+    following = {
+        "position": end,
+        "document_start": ops.where(newest[:, 0] > 0, end - tokens, begin),
+        "segment_id": ops.where(
+            end > start, ops.sum(last * segment_ids, axis=1), cache["segment_id"]
+        ),
+    }
+    return Places(position, start, document, begin, mask), anew, following
 
 
 def slot_positions(start, slots):

@@ -2,6 +2,7 @@
 
 import keras
 
+from keras_mom.ops.linear_cross_entropy import linear_cross_entropy
 from keras_mom.ops.memory_scan import memory_scan
 from keras_mom.ops.routing import RoutingStatistics, routing_statistics, top_k_routing
 from keras_mom.ops.short_convolution import short_convolution
@@ -22,6 +23,7 @@ elif keras.backend.backend() == "tensorflow":
 
 __all__ = [
     "RoutingStatistics",
+    "linear_cross_entropy",
     "memory_scan",
     "routing_statistics",
     "short_convolution",

@@ -1,0 +1,499 @@
+"""The stack of blocks of a language model."""
+
+import keras
+from keras import ops
+
+from keras_mom import rules
+from keras_mom.checks import check_positive
+from keras_mom.initializers import Scaled
+from keras_mom.layers.mom_layer import MoMLayer
+from keras_mom.models import hub, presets
+from keras_mom.models.cache import places
+from keras_mom.models.causal_attention import CausalAttention
+from keras_mom.models.decoder_block import MoMDecoderBlock
+from keras_mom.models.gated_mlp import GatedMLP
+from keras_mom.models.mixture_of_experts import MixtureOfExperts
+
+# Of the paper's code, `initializer_range`.
+_STDDEV = 0.02
+
+
+@keras.saving.register_keras_serializable("keras_mom")
+class MoMBackbone(hub.Backbone):
+    """A language model's token embedding, blocks of MoM layers, and final norm.
+
+    A functional model. Each block is a pre-norm `keras_mom.MoMLayer`, or causal
+    softmax attention where `attention_layers` says so, and a pre-norm SwiGLU network,
+    or a mixture of them. Norms are RMS norms, and no layer has a bias. Kernels are
+    drawn as in the paper's code: normal of deviation 0.02, and divided by
+    `sqrt(2 * num_layers)` where they end in the residual stream.
+
+    Source: arXiv 2502.13685; hybrid models, section 3.3; with a mixture of experts,
+    arXiv 2503.05447.
+
+    Args:
+        vocabulary_size: number of tokens.
+        num_layers: number of blocks.
+        hidden_dim: width, D.
+        num_heads, key_dim, value_dim: of `keras_mom.MoMLayer`.
+        intermediate_dim: width of the feed-forward networks, of each expert with
+            experts. Defaults to `2 * hidden_dim`.
+        attention_layers: indices of the blocks with softmax attention; or an integer
+            n for every n-th block, which with 8 is one after every seven.
+        num_attention_heads: attention heads, of size `hidden_dim /
+            num_attention_heads`. Defaults to `num_heads`.
+        num_key_value_heads: key and value heads of attention. Defaults to
+            `num_attention_heads`.
+        rope_max_wavelength: base of the rotary embedding of attention.
+        sliding_window: how many tokens attention sees, the token itself included.
+        num_experts: number of feed-forward experts; 0 for one plain network.
+        experts_per_token: number of experts that a token uses.
+        shared_expert: whether one more expert serves every token.
+        expert_balance_loss_weight: weight of the loss that evens out the experts'
+            shares.
+        tie_embeddings: whether `token_embedding` uses its own weights in reverse, or
+            others.
+        dropout: rate of the dropout of what each layer adds to the residual stream.
+        packed: whether the model takes `segment_ids` too.
+        remat: whether blocks are computed anew in the backward pass, so that only
+            their inputs are kept.
+        num_memories, top_k, shared_memory, update_rule, per_memory_projections,
+        conv_width, use_output_gate, balance_loss_weight, implementation: of
+            `keras_mom.MoMLayer`.
+        norm_epsilon: epsilon of all RMS norms.
+        kernel_initializer: of all kernels. Defaults to the normal distribution above.
+        kernel_regularizer, kernel_constraint: of the kernels of all blocks.
+        seed: seed of the dropout.
+        lora_rank, lora_layers: if given, LoRA is enabled, as after `enable_lora`.
+        dtype: dtype policy of all layers; a `keras.dtype_policies.DTypePolicyMap` of
+            their paths where some of them are quantized.
+        **kwargs: `name` and `trainable`.
+
+    Call arguments:
+        inputs: dict of int32 tensors `[B, T]`: `token_ids`; `padding_mask`, 0 at
+            tokens that do not count, anywhere in a row; and with `packed`
+            `segment_ids`, where a new document begins wherever the id changes.
+
+    Returns:
+        Hidden states `[B, T, D]` of the compute dtype.
+
+    Raises:
+        ValueError: if an argument does not fit; the message names it.
+
+    Example:
+
+    >>> backbone = keras_mom.models.MoMBackbone(256, 2, 64, num_heads=2, key_dim=32)
+    >>> ids = np.ones((1, 10), "int32")
+    >>> backbone({"token_ids": ids, "padding_mask": ids}).shape
+    (1, 10, 64)
+    """
+
+    def __init__(
+        self,
+        vocabulary_size,
+        num_layers,
+        hidden_dim,
+        num_heads,
+        key_dim,
+        *,
+        value_dim=None,
+        intermediate_dim=None,
+        attention_layers=(),
+        num_attention_heads=None,
+        num_key_value_heads=None,
+        rope_max_wavelength=10000,
+        sliding_window=None,
+        num_experts=0,
+        experts_per_token=2,
+        shared_expert=False,
+        expert_balance_loss_weight=0.01,
+        tie_embeddings=True,
+        dropout=0.0,
+        packed=False,
+        remat=False,
+        num_memories=4,
+        top_k=2,
+        shared_memory=True,
+        update_rule="gated_delta_net",
+        per_memory_projections=True,
+        conv_width=4,
+        use_output_gate=True,
+        balance_loss_weight=0.01,
+        norm_epsilon=1e-6,
+        implementation=None,
+        kernel_initializer=None,
+        kernel_regularizer=None,
+        kernel_constraint=None,
+        seed=None,
+        lora_rank=None,
+        lora_layers=None,
+        dtype=None,
+        **kwargs,
+    ):
+        check_positive("vocabulary_size", vocabulary_size)
+        check_positive("num_layers", num_layers)
+        check_positive("hidden_dim", hidden_dim)
+        check_positive("num_heads", num_heads)
+        if intermediate_dim is None:
+            intermediate_dim = 2 * hidden_dim
+        if num_attention_heads is None:
+            num_attention_heads = num_heads
+        with_attention = _attention_indices(attention_layers, num_layers)
+        if with_attention and hidden_dim % num_attention_heads:
+            raise ValueError(
+                "`num_attention_heads` must divide `hidden_dim`. Received: "
+                f"num_attention_heads={num_attention_heads}, hidden_dim={hidden_dim}"
+            )
+        if kernel_initializer is None:
+            kernel_initializer = keras.initializers.RandomNormal(stddev=_STDDEV)
+        kernel_initializer = keras.initializers.get(kernel_initializer)
+        weights = dict(
+            kernel_initializer=kernel_initializer,
+            output_initializer=Scaled(kernel_initializer, (2 * num_layers) ** -0.5),
+            kernel_regularizer=keras.regularizers.get(kernel_regularizer),
+            kernel_constraint=keras.constraints.get(kernel_constraint),
+            dtype=dtype,
+        )
+        update_rule = rules.serialize(rules.get(update_rule))
+
+        def mixer(index):
+            if index in with_attention:
+                return CausalAttention(
+                    num_attention_heads,
+                    hidden_dim // num_attention_heads,
+                    num_key_value_heads,
+                    sliding_window=sliding_window,
+                    rope_max_wavelength=rope_max_wavelength,
+                    name="attention",
+                    **weights,
+                )
+            return MoMLayer(
+                num_heads,
+                key_dim,
+                value_dim,
+                num_memories=num_memories,
+                top_k=top_k,
+                shared_memory=shared_memory,
+                update_rule=update_rule,
+                per_memory_projections=per_memory_projections,
+                conv_width=conv_width,
+                use_output_gate=use_output_gate,
+                balance_loss_weight=balance_loss_weight,
+                norm_epsilon=norm_epsilon,
+                implementation=implementation,
+                name="mom",
+                **weights,
+            )
+
+        def feed_forward():
+            if not num_experts:
+                return GatedMLP(intermediate_dim, name="feed_forward", **weights)
+            return MixtureOfExperts(
+                num_experts,
+                experts_per_token,
+                intermediate_dim,
+                shared_expert=shared_expert,
+                balance_loss_weight=expert_balance_loss_weight,
+                implementation=implementation,
+                name="feed_forward",
+                **weights,
+            )
+
+        def block(index):
+            # A block is rematerialized as a whole.
+            with keras.RematScope(mode=None):
+                layers = mixer(index), feed_forward()
+            with keras.RematScope(mode="full" if remat else None):
+                return MoMDecoderBlock(
+                    *layers,
+                    dropout=dropout,
+                    norm_epsilon=norm_epsilon,
+                    seed=None if seed is None else seed + index,
+                    dtype=dtype,
+                    name=f"block_{index}",
+                )
+
+        token_embedding = keras.layers.ReversibleEmbedding(
+            vocabulary_size,
+            hidden_dim,
+            tie_weights=tie_embeddings,
+            embeddings_initializer=keras.initializers.RandomNormal(stddev=_STDDEV),
+            dtype=dtype,
+            name="token_embedding",
+        )
+        blocks = [block(index) for index in range(num_layers)]
+        final_norm = keras.layers.RMSNormalization(
+            epsilon=norm_epsilon, dtype=dtype, name="final_norm"
+        )
+        # Masks go on to the end of the blocks, and the scores of tokens need none.
+        token_embedding.supports_masking = final_norm.supports_masking = True
+
+        names = ["token_ids", "padding_mask"] + ["segment_ids"] * bool(packed)
+        inputs = {
+            name: keras.Input((None,), dtype="int32", name=name) for name in names
+        }
+        x = token_embedding(inputs["token_ids"])
+        for layer in blocks:
+            x = layer(
+                x, mask=inputs["padding_mask"], segment_ids=inputs.get("segment_ids")
+            )
+        outputs = final_norm(x)
+        super().__init__(inputs=inputs, outputs=outputs, dtype=dtype, **kwargs)
+
+        self.token_embedding = token_embedding
+        self.blocks = blocks
+        self.final_norm = final_norm
+        self.lora_rank, self.lora_layers = None, None
+        if lora_rank is not None:
+            self.enable_lora(lora_rank, lora_layers)
+        if not isinstance(attention_layers, int):
+            attention_layers = [int(index) for index in attention_layers]
+        self._config = {
+            "vocabulary_size": vocabulary_size,
+            "num_layers": num_layers,
+            "hidden_dim": hidden_dim,
+            "num_heads": num_heads,
+            "key_dim": key_dim,
+            "value_dim": value_dim,
+            "intermediate_dim": intermediate_dim,
+            "attention_layers": attention_layers,
+            "num_attention_heads": num_attention_heads,
+            "num_key_value_heads": num_key_value_heads,
+            "rope_max_wavelength": rope_max_wavelength,
+            "sliding_window": sliding_window,
+            "num_experts": num_experts,
+            "experts_per_token": experts_per_token,
+            "shared_expert": bool(shared_expert),
+            "expert_balance_loss_weight": expert_balance_loss_weight,
+            "tie_embeddings": bool(tie_embeddings),
+            "dropout": dropout,
+            "packed": bool(packed),
+            "remat": bool(remat),
+            "num_memories": num_memories,
+            "top_k": top_k,
+            "shared_memory": bool(shared_memory),
+            "update_rule": update_rule,
+            "per_memory_projections": bool(per_memory_projections),
+            "conv_width": conv_width,
+            "use_output_gate": bool(use_output_gate),
+            "balance_loss_weight": balance_loss_weight,
+            "norm_epsilon": norm_epsilon,
+            "implementation": implementation,
+            "kernel_initializer": keras.initializers.serialize(kernel_initializer),
+            "kernel_regularizer": keras.regularizers.serialize(
+                weights["kernel_regularizer"]
+            ),
+            "kernel_constraint": keras.constraints.serialize(
+                weights["kernel_constraint"]
+            ),
+            "seed": seed,
+        }
+
+    # Reading in pieces.
+
+    def get_initial_cache(self, batch_size, max_length=None):
+        """What is carried from call to call, before the first.
+
+        Args:
+            batch_size: B.
+            max_length: the largest number of valid tokens that a row will have. Only
+                attention without a sliding window needs it, to make room for their
+                keys and values; it must not be exceeded.
+
+        Returns:
+            A dict of tensors of fixed shapes: `layers`, a list of each block's state;
+            and int32 `[B]` each, `position`, the number of valid tokens so far,
+            `document_start`, how many of them came before the document that goes on,
+            and `segment_id`, that of the last valid token.
+        """
+        return {
+            "layers": [
+                block.get_initial_cache(batch_size, max_length) for block in self.blocks
+            ],
+            **{
+                name: ops.zeros((batch_size,), "int32")
+                for name in ("position", "document_start", "segment_id")
+            },
+        }
+
+    def call_with_cache(
+        self, token_ids, cache, padding_mask=None, segment_ids=None, in_place=False
+    ):
+        """Reads the next tokens of each row.
+
+        Any split of a row into calls gives the outputs of one call. Nothing is left
+        behind: no losses, no routing statistics.
+
+        Args:
+            token_ids: int32 `[B, T]`.
+            cache: as `get_initial_cache` or a call before gives it.
+            padding_mask: `[B, T]`, 0 or False at tokens that do not count. They take
+                no place in the cache.
+            segment_ids: int32 `[B, T]`: a new document begins wherever the id of a
+                valid token differs from that of the one before, which may have come
+                in an earlier call. None where all tokens go on with the document.
+            in_place: whether the tensors of `cache` may be overwritten, because
+                nobody needs them any more. Only torch does so.
+
+        Returns:
+            Hidden states `[B, T, D]`, and the cache for the next call. The cache given
+            is not changed.
+        """
+        token_ids = ops.convert_to_tensor(token_ids)
+        mask = None
+        if padding_mask is not None:
+            mask = ops.cast(ops.convert_to_tensor(padding_mask), "bool")
+        if segment_ids is not None:
+            segment_ids = ops.cast(ops.convert_to_tensor(segment_ids), "int32")
+        where, anew, following = places(cache, token_ids, mask, segment_ids)
+        x = self.token_embedding(token_ids)
+        layers = []
+        for block, state in zip(self.blocks, cache["layers"], strict=True):
+            x, state = block.call_with_cache(
+                x, state, where, segment_ids, anew, in_place
+            )
+            layers.append(state)
+        cache = {**following, "layers": layers}
+        return self.final_norm(x), cache
+
+    # LoRA and quantization.
+
+    def default_lora_layer_names(self):
+        """Names of the projections that get LoRA: of query and value."""
+        return ["query", "value"]
+
+    def enable_lora(self, rank, target_layer_names=None):
+        """Adds low-rank updates to projections, and freezes all else.
+
+        Args:
+            rank: rank of the updates.
+            target_layer_names: names of the layers to update, among `query`, `key`,
+                `value`, `gate`, `up`, `down` and `output`. Defaults to
+                `default_lora_layer_names()`.
+
+        Raises:
+            ValueError: if a name is that of no layer, or LoRA is enabled already.
+        """
+        check_positive("rank", rank)
+        names = target_layer_names or self.default_lora_layer_names()
+        layers = [x for x in self._flatten_layers(include_self=False) if x.weights]
+        targets = [
+            (index, layer)
+            for index, layer in enumerate(layers)
+            if layer.name in names
+            and hasattr(layer, "enable_lora")
+            # Those which are made of others leave it to them.
+            and len(layer._flatten_layers()) == 1
+        ]
+        unknown = set(names) - {layer.name for _, layer in targets}
+        if unknown:
+            raise ValueError(
+                "`target_layer_names` must be names of projections in the model. "
+                f"Received: {sorted(unknown)}"
+            )
+        self.trainable = True
+        for layer in layers:
+            layer.trainable = False
+        for _, layer in targets:
+            layer.trainable = True
+            layer.enable_lora(rank)
+        self.lora_rank, self.lora_layers = rank, list(names)
+        # What KerasHub's `save_lora_weights` reads.
+        self._lora_rank = rank
+        self._lora_enabled_layers = [index for index, _ in targets]
+
+    def quantize(self, mode=None, config=None, filters=None, **kwargs):
+        """Quantizes projections and embeddings; see `keras.Model.quantize`.
+
+        Without `filters`, routers and the update rules' own projections keep their
+        precision.
+        """
+        if filters is None:
+            filters = self.is_quantizable
+        super().quantize(mode, config=config, filters=filters, **kwargs)
+
+    def is_quantizable(self, layer):
+        """Whether `quantize` takes this layer, when it is given no other filter."""
+        kept = set()
+        for block in self.blocks:
+            rule = getattr(block.mixer, "update_rule", None)
+            routers = (
+                getattr(part, "router", None)
+                for part in (block.mixer, block.feed_forward)
+            )
+            for part in (rule, *routers):
+                if part is not None:
+                    kept.update(id(x) for x in part._flatten_layers())
+        return id(layer) not in kept and isinstance(
+            layer, keras.layers.Dense | keras.layers.Embedding
+        )
+
+    # Keras' protocols.
+
+    @classmethod
+    def from_preset(cls, preset, load_weights=True, **kwargs):
+        """Makes the backbone of a name or of a folder.
+
+        Args:
+            preset: `"mom_340m"`, `"mom_1.3b"` or `"mom_tiny"`, configurations with
+                random weights; the path of a folder that `save_to_preset` wrote; or
+                with KerasHub whatever it takes.
+            load_weights: whether to load a folder's weights.
+            **kwargs: arguments of the backbone that differ.
+
+        Raises:
+            ValueError: if there is no such preset.
+        """
+        config = presets.configuration(preset)
+        if config is not None:
+            return cls(**{**config, **kwargs})
+        return super().from_preset(preset, load_weights=load_weights, **kwargs)
+
+    def get_config(self):
+        return {
+            **self._config,
+            "lora_rank": self.lora_rank,
+            "lora_layers": self.lora_layers,
+            "name": self.name,
+            "trainable": self.trainable,
+            "dtype": keras.dtype_policies.serialize(self._policies()),
+        }
+
+    def _policies(self):
+        """The dtype policy, with those of the quantized layers."""
+        policy = self.dtype_policy
+        if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
+            return policy
+        quantized = {
+            layer.path: layer.dtype_policy
+            for layer in self._flatten_layers(include_self=False)
+            if layer.quantization_mode is not None
+        }
+        if not quantized:
+            return policy
+        return keras.dtype_policies.DTypePolicyMap(policy.name, quantized)
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        del custom_objects
+        config = dict(config)
+        if isinstance(config.get("dtype"), dict):
+            config["dtype"] = keras.dtype_policies.deserialize(config["dtype"])
+        return cls(**config)
+
+
+def _attention_indices(attention_layers, num_layers):
+    """The indices of blocks with attention, from a list or from n for every n-th."""
+    if isinstance(attention_layers, int) and not isinstance(attention_layers, bool):
+        check_positive("attention_layers", attention_layers)
+        return set(range(attention_layers - 1, num_layers, attention_layers))
+    try:
+        indices = [int(index) for index in attention_layers]
+    except (TypeError, ValueError):
+        indices = None
+    if indices is None or not all(0 <= index < num_layers for index in indices):
+        raise ValueError(
+            "`attention_layers` must be an integer n, for every n-th block, or a list "
+            f"of indices from 0 to {num_layers - 1}. Received: {attention_layers!r}"
+        )
+    return set(indices)
