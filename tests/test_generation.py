@@ -388,9 +388,10 @@ def test_beams_find_the_best_of_all(hybrid):
 
 def test_one_beam_is_greedy_and_stops(hybrid):
     one = samplers.BeamSampler(num_beams=1)
-    greedy = hybrid.generate(UNEQUAL, LENGTH, "greedy", stop_token_ids=3)
-    assert hybrid.generate(UNEQUAL, LENGTH, one, stop_token_ids=3) == greedy
-    assert any(len(row) < LENGTH for row in greedy)
+    stop = hybrid.generate(UNEQUAL, LENGTH)[0][11]
+    greedy = hybrid.generate(UNEQUAL, LENGTH, "greedy", stop_token_ids=stop)
+    assert hybrid.generate(UNEQUAL, LENGTH, one, stop_token_ids=stop) == greedy
+    assert len(greedy[0]) <= 12
 
 
 # KerasHub's protocols.
@@ -460,6 +461,48 @@ def test_samplers_of_keras_hub(mom):
     assert mom.generate(UNEQUAL, LENGTH, one) == greedy
     contrastive = keras_hub.samplers.ContrastiveSampler(k=1, alpha=0.0)
     assert mom.generate(UNEQUAL, LENGTH, contrastive) == greedy
+
+
+def test_preprocessor_of_keras_hub():
+    keras_hub = pytest.importorskip("keras_hub")
+    vocabulary = {"<|endoftext|>": 0}
+    for token in [*"abcde\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}", "ab"]:
+        vocabulary[token] = len(vocabulary)
+    tokenizer = keras_hub.models.GPT2Tokenizer(vocabulary, merges=["a b"])
+    preprocessor = keras_hub.models.GPT2CausalLMPreprocessor(
+        tokenizer, sequence_length=LENGTH
+    )
+    lm = make_lm(len(vocabulary), 1, preprocessor=preprocessor)
+    texts = ["ab cd", "e", "ba"]
+    inputs = preprocessor.generate_preprocess(texts)
+    expected = preprocessor.generate_postprocess(lm.generate(inputs))
+    assert [text[: len(given)] for text, given in zip(expected, texts)] == texts
+    assert lm.generate(texts) == expected
+    assert max(map(len, expected)) > 12
+    steps = list(lm.stream(texts))
+    new = ["".join(filter(None, pieces)) for pieces in zip(*steps)]
+    assert [a + b for a, b in zip(texts, new)] == expected
+    # The tokenizer alone adds no start token.
+    lm.preprocessor = tokenizer
+    assert all(map(str.startswith, lm.generate(texts, LENGTH), texts))
+
+
+def test_compiled_sampler_is_the_default_and_saved(mom, tmp_path):
+    sampler = samplers.TopKSampler(k=100, seed=5)
+    expected = mom.generate(UNEQUAL, LENGTH, sampler)
+    greedy = mom.generate(UNEQUAL, LENGTH)
+    assert expected != greedy
+    mom.compile(sampler=sampler)
+    try:
+        assert mom.generate(UNEQUAL, LENGTH) == expected
+        mom.save(tmp_path / "lm.keras")
+    finally:
+        mom.compile()
+    assert mom.generate(UNEQUAL, LENGTH) == greedy
+    again = keras.models.load_model(tmp_path / "lm.keras")
+    assert again.sampler.get_config() == sampler.get_config()
+    if BACKEND == "torch":  # Elsewhere it would be compiled once more.
+        assert again.generate(UNEQUAL, LENGTH) == expected
 
 
 # Bad input.

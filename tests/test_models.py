@@ -10,6 +10,7 @@ from keras import ops
 
 import keras_mom
 from keras_mom.models import (
+    ByteTokenizer,
     CausalAttention,
     GatedMLP,
     MixtureOfExperts,
@@ -182,6 +183,7 @@ def test_attention_layers(given, indices):
 # What is saved and loaded.
 
 
+@pytest.mark.filterwarnings("error:Skipping variable loading")
 def test_configs_and_files(lm, tmp_path):
     config = lm.get_config()
     assert MoMCausalLM.from_config(config).get_config() == config
@@ -210,12 +212,16 @@ def test_presets(lm, tmp_path):
         for actual, expected in zip(loaded.weights, lm.weights, strict=True):
             assert_close(to_numpy(actual), to_numpy(expected), rounding)
 
+    lm.preprocessor = ByteTokenizer()
     lm.save_to_preset(tmp_path)
+    lm.preprocessor = None
     written = {path.name for path in tmp_path.iterdir()}
     assert written == {"config.json", "metadata.json", "model.weights.h5", "task.json"}
     loaded = MoMCausalLM.from_preset(tmp_path)
     assert loaded.backbone.get_config() == lm.backbone.get_config()
     assert_same_weights(loaded)
+    assert isinstance(loaded.preprocessor, ByteTokenizer)
+    assert MoMCausalLM.from_preset(tmp_path, preprocessor=None).preprocessor is None
     backbone = MoMBackbone.from_preset(str(tmp_path), dtype="bfloat16")
     assert backbone.token_embedding.embeddings.dtype == "bfloat16"
     assert_same_weights(backbone, 1e-2)

@@ -47,6 +47,13 @@ class GenerationMixin:
         # Behind it, because KerasHub has a default of its own.
         self.sampler = sampler
 
+    def preprocess_samples(self, x, y=None, sample_weight=None):
+        """KerasHub's hook in `fit` and `predict`: token ids are taken as they are."""
+        if not prompts.are_texts(x):
+            return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
+        # pyright: ignore[reportAttributeAccessIssue]
+        return super().preprocess_samples(x, y=y, sample_weight=sample_weight)
+
     def get_compile_config(self):
         # pyright: ignore[reportAttributeAccessIssue]
         config = super().get_compile_config()
