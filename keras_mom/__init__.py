@@ -1,17 +1,9 @@
 """Mixture-of-Memories (arXiv 2502.13685) for Keras 3."""
 
-import importlib
-
-from keras_mom import config, distribution, ops, rules
+# All are imported here, so that Keras knows every class by the time it loads a file.
+from keras_mom import config, convert, distribution, models, ops, rules
 from keras_mom.layers import MoMLayer
 
 __version__ = "0.1.0"
 
-__all__ = ["MoMLayer", "config", "distribution", "models", "ops", "rules"]
-
-
-def __getattr__(name):
-    # With KerasHub, the models take seconds to import: only those who use them wait.
-    if name == "models":
-        return importlib.import_module("keras_mom.models")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = ["MoMLayer", "config", "convert", "distribution", "models", "ops", "rules"]

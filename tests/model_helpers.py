@@ -76,8 +76,8 @@ def gradients(model, inputs, cotangent):
     """Of `sum(output * cotangent)` and the model's losses, in training.
 
     Returns:
-        The gradients of all trainable variables, and the non-trainable variables
-        behind the call.
+        The number of losses, the gradients of all trainable variables, and the
+        non-trainable variables behind the call.
     """
     trainable = [v.value for v in model.trainable_variables]
     if BACKEND == "jax":
@@ -87,16 +87,21 @@ def gradients(model, inputs, cotangent):
             output, non_trainable_, losses = model.stateless_call(
                 trainable, non_trainable, inputs, training=True, return_losses=True
             )
-            return (output * cotangent).sum() + sum(losses), non_trainable_
+            total = (output * cotangent).sum() + sum(losses)
+            return total, (non_trainable_, len(losses))
 
         function = jax.jit(jax.grad(loss, has_aux=True), compiler_options=_FAST_COMPILE)
-        return to_numpy(function(trainable))
+        found, (non_trainable, count) = function(trainable)
+        return int(count), to_numpy(found), to_numpy(non_trainable)
     if BACKEND == "torch":
         loss = (model(inputs, training=True) * torch.tensor(cotangent)).sum()
-        found = torch.autograd.grad(loss + sum(model.losses), trainable)
+        losses = model.losses
+        found = torch.autograd.grad(loss + sum(losses), trainable)
     else:
         with tf.GradientTape() as tape:
             loss = tf.reduce_sum(model(inputs, training=True) * cotangent)
-            loss += sum(model.losses)
+            losses = model.losses
+            loss += sum(losses)
         found = [tf.convert_to_tensor(x) for x in tape.gradient(loss, trainable)]
-    return to_numpy((list(found), [v.value for v in model.non_trainable_variables]))
+    non_trainable = [v.value for v in model.non_trainable_variables]
+    return len(losses), to_numpy(list(found)), to_numpy(non_trainable)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+from keras_mom import backend
 from keras_mom.models import CausalAttention
 from keras_mom.models.cache import places
 from tests.layer_helpers import assert_close, call, tokens
@@ -88,14 +89,20 @@ def test_equals_the_reference(window):
     assert_close(output, reference(layer, x, MASK, SEGMENTS), 1e-5)
 
 
+@backend.compiled
+def read(window, inputs, mask, cache, counts):
+    where, _, counts = places(counts, inputs[..., 0], mask, None)
+    return *make(window).call_with_cache(inputs, cache, where), counts
+
+
 @pytest.mark.parametrize("window", [None, 3])
 def test_pieces_equal_the_whole(window):
     layer, x = make(window), tokens(BATCH, LENGTH, WIDTH)
     whole = call(layer, x, mask=MASK)
     cache = layer.get_initial_cache(BATCH, LENGTH)
     assert cache[0].shape == (BATCH, window or LENGTH, 2, 6)
-    counts = dict.fromkeys(("position", "document_start", "segment_id"))
-    counts = {name: ops.zeros((BATCH,), "int32") for name in counts}
+    names = ("position", "document_start", "segment_id")
+    counts = {name: ops.zeros((BATCH,), "int32") for name in names}
     outputs, at = [], 0
     for size in (1, 4, 1, 3):
         part, mask = (
@@ -103,8 +110,7 @@ def test_pieces_equal_the_whole(window):
             ops.convert_to_tensor(MASK[:, at : at + size]),
         )
         before = [ops.convert_to_numpy(part) for part in cache]
-        where, _, counts = places(counts, part[..., 0], mask, None)
-        output, following = layer.call_with_cache(part, cache, where)
+        output, following, counts = read(window, part, mask, cache, counts)
         for held, value in zip(cache, before):
             np.testing.assert_array_equal(ops.convert_to_numpy(held), value)
         cache, at = following, at + size

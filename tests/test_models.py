@@ -1,5 +1,6 @@
 """`MoMBackbone` and `MoMCausalLM`: what they compute, save and load."""
 
+import gc
 import json
 
 import keras
@@ -9,6 +10,7 @@ from keras import ops
 
 import keras_mom
 from keras_mom.models import (
+    ByteTokenizer,
     CausalAttention,
     GatedMLP,
     MixtureOfExperts,
@@ -137,7 +139,7 @@ def test_compiled_for_any_length(lm):
 
 
 def test_rematerialized_gradients():
-    settings = dict(HYBRID, dropout=0.3, seed=1, sliding_window=None)
+    settings = dict(HYBRID, num_layers=1, attention_layers=(), dropout=0.3, seed=1)
     plain = randomize(MoMBackbone(**settings))
     remat = randomize(MoMBackbone(**settings, remat=True))
     cotangent = np.random.default_rng(2).normal(size=(BATCH, LENGTH, WIDTH))
@@ -146,25 +148,24 @@ def test_rematerialized_gradients():
     mask[1, 4:] = 0
     expected = gradients(plain, inputs(mask=mask), cotangent)
     actual = gradients(remat, inputs(mask=mask), cotangent)
-    assert len(plain.losses) == len(remat.losses) == 3  # a mixer, two of experts
-    assert all(np.any(x) for x in expected[0])
-    assert_close(actual, expected, 1e-5)
+    assert expected[0] == actual[0] == 2  # losses: of memories and of experts
+    assert all(np.any(x) for x in expected[1])
+    assert_close(actual[1:], expected[1:], 1e-5)
 
 
 def test_initial_weights():
-    settings = dict(SIZES, hidden_dim=64, num_layers=8, attention_layers=8)
-    backbone = MoMBackbone(**settings, num_experts=2, tie_embeddings=False)
-    for block in backbone.blocks[:1] + backbone.blocks[-1:]:
+    backbone = MoMBackbone(**HYBRID, tie_embeddings=False)
+    for block in backbone.blocks:
         for layer, deviation in [
             (block.mixer.query_projection, 0.02),
-            (block.mixer.output_projection, 0.02 / 4),
+            (block.mixer.output_projection, 0.02 / 2),
             (block.feed_forward.gate_projection, 0.02),
-            (block.feed_forward.down_projection, 0.02 / 4),
+            (block.feed_forward.down_projection, 0.02 / 2),
         ]:
-            assert abs(np.std(to_numpy(layer.kernel)) / deviation - 1) < 0.2
+            assert abs(np.std(to_numpy(layer.kernel)) / deviation - 1) < 0.35
     embedding = backbone.token_embedding
     for weight in (embedding.embeddings, embedding.reverse_embeddings):
-        assert abs(np.std(to_numpy(weight)) / 0.02 - 1) < 0.2
+        assert abs(np.std(to_numpy(weight)) / 0.02 - 1) < 0.35
 
 
 @pytest.mark.parametrize(
@@ -182,6 +183,7 @@ def test_attention_layers(given, indices):
 # What is saved and loaded.
 
 
+@pytest.mark.filterwarnings("error:Skipping variable loading")
 def test_configs_and_files(lm, tmp_path):
     config = lm.get_config()
     assert MoMCausalLM.from_config(config).get_config() == config
@@ -206,24 +208,29 @@ def test_a_rule_with_arguments_is_saved():
 
 
 def test_presets(lm, tmp_path):
+    def assert_same_weights(loaded, rounding=1e-7):
+        for actual, expected in zip(loaded.weights, lm.weights, strict=True):
+            assert_close(to_numpy(actual), to_numpy(expected), rounding)
+
+    lm.preprocessor = ByteTokenizer()
     lm.save_to_preset(tmp_path)
+    lm.preprocessor = None
     written = {path.name for path in tmp_path.iterdir()}
     assert written == {"config.json", "metadata.json", "model.weights.h5", "task.json"}
-    expected = forward(lm, inputs())
-    assert_close(forward(MoMCausalLM.from_preset(tmp_path), inputs()), expected, 1e-6)
+    loaded = MoMCausalLM.from_preset(tmp_path)
+    assert loaded.backbone.get_config() == lm.backbone.get_config()
+    assert_same_weights(loaded)
+    assert isinstance(loaded.preprocessor, ByteTokenizer)
+    assert MoMCausalLM.from_preset(tmp_path, preprocessor=None).preprocessor is None
     backbone = MoMBackbone.from_preset(str(tmp_path), dtype="bfloat16")
     assert backbone.token_embedding.embeddings.dtype == "bfloat16"
-    assert_close(
-        to_numpy(backbone.blocks[0].mixer.query_projection.kernel),
-        to_numpy(lm.backbone.blocks[0].mixer.query_projection.kernel),
-        1e-2,
-    )
+    assert_same_weights(backbone, 1e-2)
     fresh = MoMBackbone.from_preset(tmp_path, load_weights=False)
-    assert not np.allclose(forward(fresh, inputs()), forward(lm.backbone, inputs()))
+    with pytest.raises(AssertionError):
+        assert_same_weights(fresh)
     lm.backbone.save_to_preset(tmp_path / "shards", max_shard_size=4e-6)
     assert (tmp_path / "shards" / "model.weights.json").exists()
-    sharded = MoMCausalLM.from_preset(tmp_path / "shards")
-    assert_close(forward(sharded, inputs()), expected, 1e-6)
+    assert_same_weights(MoMCausalLM.from_preset(tmp_path / "shards"))
 
 
 def test_named_presets():
@@ -240,8 +247,12 @@ def test_named_presets():
 
 
 def test_lora_and_quantization_survive_a_file(tmp_path):
-    model = randomize(MoMCausalLM(MoMBackbone(**HYBRID)))
+    model = MoMCausalLM(MoMBackbone(**SIZES, attention_layers=[1]))
+    randomize(model)
+    # Keras collects garbage at every kernel; frozen objects cost no time.
+    gc.freeze()
     model.quantize("int8")
+    gc.unfreeze()
     names = {x.path for x in model._flatten_layers() if x.quantization_mode == "int8"}
     assert {"token_embedding", "block_0/mom/query", "block_1/attention/key"} < names
     assert not any("router" in name or "gated_delta_net" in name for name in names)
@@ -258,7 +269,8 @@ def test_lora_and_quantization_survive_a_file(tmp_path):
         x.path for x in loaded._flatten_layers() if x.quantization_mode == "int8"
     } == names
     # Keras merges LoRA into the quantized kernel when it saves.
-    assert_close(forward(loaded, inputs()), forward(model, inputs()), 0.1)
+    ids = {name: inputs()[name] for name in model.backbone.input}
+    assert_close(forward(loaded, ids), forward(model, ids), 0.1)
 
 
 # Bad input.

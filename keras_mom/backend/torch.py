@@ -46,6 +46,9 @@ class Differentiable:
         )
 
     def __call__(self, options, *tensors) -> Any:
+        if torch.compiler.is_exporting():
+            # What is exported runs without this library, and so without its operators.
+            return tuple(self.forward(options, *tensors))
         present = tuple(tensor is not None for tensor in tensors)
         values = [tensor for tensor in tensors if tensor is not None]
         # Text, because an operator takes no tuple.
@@ -174,6 +177,8 @@ def block_elements():
 
 def unit_lower_inverse(strict):
     """See `keras_mom.backend`. Forward substitution, matrix by matrix."""
+    if torch.compiler.is_exporting():
+        return None  # ONNX has no triangular solve.
     identity = torch.eye(strict.shape[-1], dtype=strict.dtype, device=strict.device)
     return torch.linalg.solve_triangular(
         strict, identity.expand(strict.shape), upper=False, unitriangular=True

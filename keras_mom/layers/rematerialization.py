@@ -1,6 +1,7 @@
 """Calls through a wrapper that takes functions of tensors alone."""
 
 import keras
+from keras import ops
 
 
 def call_on_tensors(wrap, function, arguments):
@@ -17,6 +18,9 @@ def call_on_tensors(wrap, function, arguments):
 
     def on_tensors(*tensors):
         nonlocal structure
+        tensors = [
+            ops.cast(x, "bool") if is_bool else x for x, is_bool in zip(tensors, bools)
+        ]
         results = function(*_with_nones(arguments, tensors))
         # Without the tensors, which would otherwise stay in memory.
         structure = keras.tree.map_structure(
@@ -24,7 +28,11 @@ def call_on_tensors(wrap, function, arguments):
         )
         return _without_nones(results)
 
-    tensors = wrap(on_tensors)(*_without_nones(arguments))
+    given = _without_nones(arguments)
+    # In a graph, TensorFlow adds to every argument, which no bool can take.
+    bools = [keras.backend.standardize_dtype(x.dtype) == "bool" for x in given]
+    given = [ops.cast(x, "int32") if is_bool else x for x, is_bool in zip(given, bools)]
+    tensors = wrap(on_tensors)(*given)
     return _with_nones(structure, tensors)
 
 

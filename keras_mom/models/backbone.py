@@ -154,7 +154,12 @@ class MoMBackbone(hub.Backbone):
             kernel_constraint=keras.constraints.get(kernel_constraint),
             dtype=dtype,
         )
+        named = update_rule if isinstance(update_rule, str) else None
         update_rule = rules.serialize(rules.get(update_rule))
+        if named is not None:
+            # Not a name that counts the rules made so far: it is part of the paths of
+            # weights.
+            update_rule["config"]["name"] = named
 
         def mixer(index):
             if index in with_attention:

@@ -42,6 +42,7 @@ class CausalAttention(ProjectionsMixin, keras.layers.Layer):
             sequence. No other token sees them, and their output is 0.
         segment_ids: integer `[B, T]`: a new document begins wherever the id changes,
             and sees nothing of those before it.
+        training: changes nothing.
 
     Returns:
         `[B, T, D]` of the compute dtype.
@@ -145,7 +146,8 @@ class CausalAttention(ProjectionsMixin, keras.layers.Layer):
     def _all_projections(self):
         return self._projections()
 
-    def call(self, inputs, mask=None, segment_ids=None):
+    def call(self, inputs, mask=None, segment_ids=None, training=None):
+        del training
         check_call(inputs, mask, segment_ids)
         length = ops.shape(inputs)[1]
         index = ops.arange(length, dtype="int32")
@@ -302,7 +304,8 @@ class CausalAttention(ProjectionsMixin, keras.layers.Layer):
     def compute_output_shape(self, inputs_shape):
         return tuple(inputs_shape)
 
-    def compute_output_spec(self, inputs, mask=None, segment_ids=None):
+    def compute_output_spec(self, inputs, mask=None, segment_ids=None, training=None):
+        del training
         check_call(inputs, mask, segment_ids)
         return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
 

@@ -92,6 +92,20 @@ class MoMCausalLM(GenerationMixin, TrainingMixin, hub.CausalLM):
         }
         return cls(cls.backbone_cls(**{**config, **kwargs}), **own)
 
+    def save_to_preset(self, preset_dir, max_shard_size=10):
+        """Writes the language model to a folder, for `from_preset`.
+
+        Args:
+            preset_dir: path of the folder.
+            max_shard_size: the largest size in GB of a file of weights, or None.
+        """
+        preprocessor = self.preprocessor
+        if preprocessor is None or isinstance(preprocessor, keras.layers.Layer):
+            super().save_to_preset(preset_dir, max_shard_size=max_shard_size)
+        else:
+            # KerasHub knows preprocessors that are layers.
+            presets.save_task(self, preset_dir, max_shard_size)
+
     def get_config(self):
         serialize = keras.saving.serialize_keras_object
         preprocessor = self.preprocessor

@@ -141,12 +141,17 @@ class TrainingMixin:
 
     def get_compile_config(self):
         config = super().get_compile_config()  # pyright: ignore
-        return {**config, **self._language.config} if config else config
+        if not config:
+            return config
+        built = self.optimizer is not None and self.optimizer.built
+        return {**config, **self._language.config, "optimizer_is_built": built}
 
     def compile_from_config(self, config):
         config = keras.saving.deserialize_keras_object(config)
+        # The file holds no more of the optimizer of a model that was never trained.
+        was_built = config.pop("optimizer_is_built", True)
         self.compile(**config)
-        if self.optimizer is not None and self.built:
+        if self.optimizer is not None and self.built and was_built:
             self.optimizer.build(self.trainable_variables)
 
     @property
@@ -259,9 +264,10 @@ class TrainingMixin:
             if value is None:
                 continue
             inputs[name] = np.asarray(value, "int32")
-            if inputs[name].shape != mask.shape:
+            shape = inputs["token_ids"].shape
+            if inputs[name].shape != shape:
                 raise ValueError(
-                    f"`{name}` must have the shape of `token_ids`, {mask.shape}. "
+                    f"`{name}` must have the shape of `token_ids`, {shape}. "
                     f"Received: shape {inputs[name].shape}"
                 )
         return _Scorer.of(self).predict(inputs, batch_size=batch_size, verbose=0)
@@ -311,12 +317,12 @@ class _Scorer(keras.Model):
 def _as_inputs(x):
     """A model's dict of inputs, from token ids or from a dict without a mask."""
     if not isinstance(x, dict):
-        if isinstance(x, (list, tuple)):
-            x = np.asarray(x)
-        x = {"token_ids": x}
-    if "padding_mask" not in x:
-        x = {**x, "padding_mask": ops.ones_like(x["token_ids"], dtype="int32")}
-    return x
+        x = {"token_ids": np.asarray(x) if isinstance(x, (list, tuple)) else x}
+    if "padding_mask" in x:
+        return x
+    # Keras takes no mixture of arrays and tensors.
+    ones = np.ones_like if isinstance(x["token_ids"], np.ndarray) else ops.ones_like
+    return {**x, "padding_mask": ones(x["token_ids"], dtype="int32")}
 
 
 def _targets(x, y, sample_weight):

@@ -12,7 +12,8 @@ names and the meaning of `keras.ops`; and beside those
   these shapes, which are joined along their second axis, in index order;
 - `full_precision()`: a context in which float32 products are float32 products;
 - `unit_lower_inverse(strict)`: `(I + A)^-1` of strictly lower triangular matrices
-  `[..., C, C]`, by substitution; None where the framework's own is slow.
+  `[..., C, C]`, by substitution; None where the framework's own is slow. It may
+  return None where a call cannot have it.
 """
 
 import numpy as np
@@ -314,7 +315,9 @@ class ChunkAlgebra:
         Neumann series over the whole chunk does not.
         """
         if self.arrays.unit_lower_inverse is not None:
-            return self.arrays.unit_lower_inverse(strict)
+            inverse = self.arrays.unit_lower_inverse(strict)
+            if inverse is not None:
+                return inverse
         size = strict.shape[-1]
         if size == 1:
             return self.arrays.ones_like(strict)
