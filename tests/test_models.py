@@ -270,9 +270,14 @@ def test_lora_and_quantization_survive_a_file(tmp_path):
     assert {
         x.path for x in loaded._flatten_layers() if x.quantization_mode == "int8"
     } == names
+    model.save_to_preset(tmp_path / "folder")
+    merged = MoMBackbone.from_preset(tmp_path / "folder", lora_rank=None)
+    assert merged.lora_rank is None
     # Keras merges LoRA into the quantized kernel when it saves.
     ids = {name: inputs()[name] for name in model.backbone.input}
-    assert_close(forward(loaded, ids), forward(model, ids), 0.1)
+    output = forward(loaded, ids)
+    assert_close(output, forward(model, ids), 0.1)
+    assert_close(forward(MoMCausalLM(merged), ids), output, 1e-5)
 
 
 # Bad input.

@@ -1,5 +1,7 @@
 """A language model that predicts the next token."""
 
+from typing import Any
+
 import keras
 
 from keras_mom.models import hub, presets
@@ -40,7 +42,8 @@ class MoMCausalLM(GenerationMixin, TrainingMixin, hub.CausalLM):
         inputs = backbone.input
         hidden = backbone(inputs)
         logits = backbone.token_embedding(hidden, reverse=True)
-        super().__init__(inputs=inputs, outputs=logits, compile=False, **kwargs)
+        model: dict[str, Any] = dict(inputs=inputs, outputs=logits, compile=False)
+        super().__init__(**model, **kwargs)
         self.backbone = backbone
         self.preprocessor = preprocessor
         self.dtype_policy = backbone.dtype_policy
