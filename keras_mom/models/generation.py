@@ -115,7 +115,9 @@ class GenerationMixin:
         given, chosen, task = self._prepare(
             prompts, max_length, sampler, stop_token_ids, seed, prefill_length
         )
-        if _has_own_loop(chosen):
+        if not given.room.any():
+            new = [np.zeros((0,), "int32") for _ in given.rows]
+        elif _has_own_loop(chosen):
             new = self._run_loop_of(chosen, given, task)
         else:
             cache = self._read_prompts(given, prefill_length)
@@ -123,8 +125,7 @@ class GenerationMixin:
                 new = decoding.beams(self, chosen, task, cache)
             else:
                 records = decoding.tokens(self, chosen, task, cache, _BLOCK)
-                empty = np.zeros((0, len(given.rows)), "int32")
-                new = decoding.split_rows(np.concatenate([empty, *records]))
+                new = decoding.split_rows(np.concatenate(list(records)))
         return given.restore(new, strip_prompt)
 
     def stream(
@@ -161,6 +162,8 @@ class GenerationMixin:
         return self._steps(given, chosen, task, prefill_length)
 
     def _steps(self, given, sampler, task, prefill_length):
+        if not given.room.any():
+            return
         cache = self._read_prompts(given, prefill_length)
         steps = decoding.tokens(self, sampler, task, cache, block=1)
         del cache
