@@ -203,6 +203,8 @@ def test_a_rule_with_arguments_is_saved():
     again = MoMBackbone.from_config(json.loads(json.dumps(backbone.get_config())))
     assert again.get_config() == backbone.get_config()
     assert again.dtype_policy.name == "mixed_bfloat16"
+    logits = MoMCausalLM(again)({name: inputs()[name] for name in again.input})
+    assert keras.backend.standardize_dtype(logits.dtype) == "bfloat16"
     first, second = (block.mixer.update_rule for block in again.blocks)
     assert first is not second and type(first) is type(rule)
 

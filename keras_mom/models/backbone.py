@@ -223,6 +223,8 @@ class MoMBackbone(hub.Backbone):
             hidden_dim,
             tie_weights=tie_embeddings,
             embeddings_initializer=keras.initializers.RandomNormal(stddev=_STDDEV),
+            # Keras would compute the scores of tokens in the dtype of the weights.
+            reverse_dtype=keras.dtype_policies.get(dtype).compute_dtype,
             dtype=dtype,
             name="token_embedding",
         )
