@@ -11,6 +11,7 @@ from keras_mom.models import hub, presets
 from keras_mom.models.cache import places
 from keras_mom.models.causal_attention import CausalAttention
 from keras_mom.models.decoder_block import MoMDecoderBlock
+from keras_mom.models.exporting import ExportMixin
 from keras_mom.models.gated_mlp import GatedMLP
 from keras_mom.models.mixture_of_experts import MixtureOfExperts
 
@@ -19,7 +20,7 @@ _STDDEV = 0.02
 
 
 @keras.saving.register_keras_serializable("keras_mom")
-class MoMBackbone(hub.Backbone):
+class MoMBackbone(ExportMixin, hub.Backbone):
     """A language model's token embedding, blocks of MoM layers, and final norm.
 
     A functional model. Each block is a pre-norm `keras_mom.MoMLayer`, or causal
