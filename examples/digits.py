@@ -61,10 +61,10 @@ def main():
         description="Classify handwritten digits read as sequences."
     )
     parser.add_argument("--read", choices=("rows", "pixels"), default="rows")
-    parser.add_argument("--epochs", type=int, default=25)
+    parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--width", type=int, default=48)
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     started = time.perf_counter()

@@ -101,7 +101,7 @@ def main():
         description="Forecast a series a season ahead, with quantiles."
     )
     parser.add_argument("--series", choices=tuple(SIZES), default="co2")
-    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--epochs", type=int, default=25)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--layers", type=int, default=1)

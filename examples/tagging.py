@@ -28,7 +28,7 @@ import keras_mom
 
 TAGS = ("none", "name", "keyword", "number", "string", "comment", "operator")
 CHARACTERS = 129  # padding, and ASCII behind it
-WINDOW = 192
+WINDOW = 256
 
 
 def tag_of(token):
@@ -105,10 +105,10 @@ def main():
         description="Tag the characters of Python source with their kinds of token."
     )
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=60, help="steps in an epoch")
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=45, help="steps in an epoch")
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     started = time.perf_counter()

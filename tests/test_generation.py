@@ -197,19 +197,19 @@ def test_texts(mom):
 # How it is done.
 
 
-def test_prompts_in_pieces(lm, monkeypatch):
+def test_prompts_in_pieces(hybrid, monkeypatch):
     """Pieces change nothing, have one shape, and end before the last token."""
     pieces = []
-    read = lm.backbone.call_with_cache
-    expected = lm.generate(UNEQUAL, max_length=LENGTH)
+    read = hybrid.backbone.call_with_cache
+    expected = hybrid.generate(UNEQUAL, max_length=LENGTH)
 
     def watched(token_ids, cache, *args, **kwargs):
         if token_ids.shape[1] > 1:
             pieces.append(tuple(token_ids.shape))
         return read(token_ids, cache, *args, **kwargs)
 
-    monkeypatch.setattr(lm.backbone, "call_with_cache", watched)
-    result = lm.generate(UNEQUAL, max_length=LENGTH, prefill_length=4)
+    monkeypatch.setattr(hybrid.backbone, "call_with_cache", watched)
+    result = hybrid.generate(UNEQUAL, max_length=LENGTH, prefill_length=4)
     assert result == expected
     # A compiled piece is traced once.
     assert pieces == [(3, 4)] * (2 if BACKEND == "torch" else 1)
@@ -430,6 +430,8 @@ def test_generate_step(mom):
             lambda carry, inputs: (carry, mom.generate_step(inputs, (stop,))),
             tuple(mom.weights),
             (),
+            # TensorFlow takes long to compile it.
+            jit_compile=BACKEND == "jax",
         )
         result = to_numpy(
             run((), keras.tree.map_structure(ops.convert_to_tensor, inputs))[1]

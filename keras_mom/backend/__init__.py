@@ -35,7 +35,10 @@ Each module of this package offers the same names for one Keras backend:
 - `block_elements()`: how many elements an elementwise computation should take at a
   time, so that its intermediates stay in the cache; None to take all at once;
 - `unit_lower_inverse(strict)`: `(I + A)^-1` of strictly lower triangular matrices
-  `[..., C, C]`, by substitution; None where the framework's own is slow.
+  `[..., C, C]`, by substitution; None where the framework's own is slow. It may return
+  None where a call cannot have it;
+- `check_export(length)`: raises where a trace of a sequence of this length, made for
+  an export, would be wrong for other lengths without a word.
 """
 
 import keras
@@ -63,12 +66,14 @@ is_concrete = _implementation.is_concrete
 scan = _implementation.scan
 overwrites_variables = _implementation.overwrites_variables
 block_elements = _implementation.block_elements
+check_export = _implementation.check_export
 unit_lower_inverse = _implementation.unit_lower_inverse
 
 __all__ = [
     "Differentiable",
     "accelerator",
     "block_elements",
+    "check_export",
     "compiled",
     "decoding_program",
     "fill_batch",

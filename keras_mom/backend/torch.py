@@ -170,6 +170,24 @@ def overwrites_variables():
     return not (torch.is_grad_enabled() or in_stateless_scope())
 
 
+def check_export(length):
+    """See `keras_mom.backend`."""
+    if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+        raise ValueError(
+            "A MoM layer is not exported to ONNX through TorchScript, whose trace "
+            "holds for the lengths of its example alone and would be wrong for "
+            "others. Keras goes that way where `input_signature` leaves a size open, "
+            "and where the exporter of `torch.export` has failed, which needs `onnx` "
+            "and `onnxscript`. Give every size, such as "
+            "input_signature=[keras.layers.InputSpec(shape=(1, 128, 64))]."
+        )
+    if torch.compiler.is_exporting() and isinstance(length, torch.SymInt):
+        raise ValueError(
+            "A MoM layer is exported by `torch.export` for one number of tokens, since "
+            "the loop over them is unrolled. Received: a dynamic number of tokens"
+        )
+
+
 def block_elements():
     """Elements that fit a core's cache together with a few arrays like them."""
     return None if accelerator() else 2**18

@@ -14,6 +14,7 @@ from keras_mom.models.adaptation import AdaptationMixin
 from keras_mom.models.cache import places
 from keras_mom.models.causal_attention import CausalAttention
 from keras_mom.models.decoder_block import MoMDecoderBlock
+from keras_mom.models.exporting import ExportMixin
 from keras_mom.models.gated_mlp import GatedMLP
 from keras_mom.models.mixture_of_experts import MixtureOfExperts
 
@@ -22,7 +23,7 @@ _STDDEV = 0.02
 
 
 @keras.saving.register_keras_serializable("keras_mom")
-class MoMBackbone(AdaptationMixin, hub.Backbone):
+class MoMBackbone(AdaptationMixin, ExportMixin, hub.Backbone):
     """A language model's token embedding, blocks of MoM layers, and final norm.
 
     A functional model. Each block is a pre-norm `keras_mom.MoMLayer`, or causal

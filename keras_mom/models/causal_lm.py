@@ -6,12 +6,13 @@ import keras
 
 from keras_mom.models import hub, presets
 from keras_mom.models.backbone import MoMBackbone
+from keras_mom.models.exporting import ExportMixin
 from keras_mom.models.generation import GenerationMixin
 from keras_mom.models.training import TrainingMixin
 
 
 @keras.saving.register_keras_serializable("keras_mom")
-class MoMCausalLM(GenerationMixin, TrainingMixin, hub.CausalLM):
+class MoMCausalLM(ExportMixin, GenerationMixin, TrainingMixin, hub.CausalLM):
     """A `MoMBackbone` and the scores of every token's successor.
 
     Args:

@@ -51,12 +51,12 @@ class GenerationMixin:
         """KerasHub's hook in `fit` and `predict`: token ids are taken as they are."""
         if not prompts.are_texts(x):
             return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
-        # pyright: ignore[reportAttributeAccessIssue]
-        return super().preprocess_samples(x, y=y, sample_weight=sample_weight)
+        return super().preprocess_samples(  # pyright: ignore[reportAttributeAccessIssue]
+            x, y=y, sample_weight=sample_weight
+        )
 
     def get_compile_config(self):
-        # pyright: ignore[reportAttributeAccessIssue]
-        config = super().get_compile_config()
+        config = super().get_compile_config()  # pyright: ignore
         if config is not None and self._sampler is not None:
             config["sampler"] = samplers.serialize(self._sampler)
         return config

@@ -250,9 +250,9 @@ def are_texts(prompts):
         return True
     if isinstance(prompts, (list, tuple)):
         return bool(prompts) and isinstance(prompts[0], (str, bytes))
-    dtype = getattr(prompts, "dtype", None)
     if isinstance(prompts, np.ndarray):
-        return dtype.kind in "US" or (
-            dtype.kind == "O" and isinstance(prompts.flat[0], (str, bytes))
-        )
+        if prompts.dtype.kind == "O" and prompts.size:
+            return isinstance(prompts.flat[0], (str, bytes))
+        return prompts.dtype.kind in "US"
+    dtype = getattr(prompts, "dtype", None)
     return str(getattr(dtype, "name", dtype)) == "string"
