@@ -17,11 +17,12 @@ Each module of this package offers the same names for one Keras backend:
 - `compiled(function)`: `function(options, *tensors)`, as one program where a call
   outside of a compiled function would compile every operation for itself. Options are
   hashable; tensors and results are tuples, named tuples and dicts of tensors and None;
-- `decoding_program(function, read, written, eager)`: `call(carry, inputs)`, one
-  compiled program of `function(carry, inputs)`, which returns a carry and outputs, all
-  nested structures of tensors. The carry given is used up: its memory serves the next.
-  `read()` lists the variables that the function reads, which it sees as they are at
-  each call, and `written` those that it writes. With `eager` nothing is compiled;
+- `decoding_program(function, read, written, jit_compile)`: `call(carry, inputs)`, one
+  program of `function(carry, inputs)`, which returns a carry and outputs, all nested
+  structures of tensors. The carry given is used up: its memory serves the next.
+  `read` are the variables that the function reads, which it sees as they are at each
+  call, and `written` those that it writes. `jit_compile` is True, False, or None
+  for what is usual: all but torch compile;
 - `gather_batch(inputs, index)`: `[B, R, E]` of the rows `index` int32 `[B, R]`, none
   of them negative, of each batch row of `[B, S, E]`;
 - `fill_batch(size, index, values)`: int32 `[B, size]`, in each batch row `values` at

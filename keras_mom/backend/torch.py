@@ -132,9 +132,11 @@ def compiled(function):
     return function
 
 
-def decoding_program(function, read, written, eager=False):
-    """See `keras_mom.backend`. Nothing is compiled; memories are written in place."""
-    del read, written, eager
+def decoding_program(function, read, written, jit_compile=None):
+    """See `keras_mom.backend`. Memories are written in place where kernels can."""
+    del read, written
+    if jit_compile:
+        function = torch.compile(function, dynamic=False)
 
     def call(carry, inputs):
         with torch.no_grad():

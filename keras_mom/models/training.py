@@ -141,12 +141,17 @@ class TrainingMixin:
 
     def get_compile_config(self):
         config = super().get_compile_config()  # pyright: ignore
-        return {**config, **self._language.config} if config else config
+        if not config:
+            return config
+        built = self.optimizer is not None and self.optimizer.built
+        return {**config, **self._language.config, "optimizer_is_built": built}
 
     def compile_from_config(self, config):
         config = keras.saving.deserialize_keras_object(config)
+        # The file holds no more of the optimizer of a model that was never trained.
+        was_built = config.pop("optimizer_is_built", True)
         self.compile(**config)
-        if self.optimizer is not None and self.built:
+        if self.optimizer is not None and self.built and was_built:
             self.optimizer.build(self.trainable_variables)
 
     @property
