@@ -1,10 +1,10 @@
 """A year of atmospheric CO2, forecast month by month with its uncertainty.
 
-The series comes with statsmodels: CO2 above Mauna Loa from 1958 to 2001, here as monthly
-means. A `mom_forecaster` reads five years and gives quantiles of the twelve months to
-come; it knows the time of year. It is compared with two forecasts that repeat the last
-year, as it was or moved by the change from the year before, with the quantiles of the
-errors that they make on the training data.
+The series comes with statsmodels: CO2 above Mauna Loa from 1958 to 2001, here as
+monthly means. A `mom_forecaster` reads five years and gives quantiles of the twelve
+months to come; it knows the time of year. It is compared with two forecasts that repeat
+the last year, as it was or moved by the change from the year before, with the quantiles
+of the errors that they make on the training data.
 
     python examples/forecast.py                         # on JAX
     KERAS_BACKEND=torch python examples/forecast.py
@@ -113,8 +113,8 @@ def main():
     test_starts = range(border - WINDOW, len(series) - SEASON - WINDOW + 1)
     test_inputs, test_targets = windows(series, test_starts)
     print(
-        f"{len(series)} months, the last {HELD_OUT} held out; {len(targets)} windows of "
-        f"{WINDOW} months, {SEASON} to come"
+        f"{len(series)} months, the last {HELD_OUT} held out; {len(targets)} windows "
+        f"of {WINDOW} months, {SEASON} to come"
     )
     model = keras_mom.models.mom_forecaster(
         1,
