@@ -1,13 +1,13 @@
-"""A year of atmospheric CO2, or eleven of sunspots, forecast with its uncertainty.
+"""A year of atmospheric CO2, forecast month by month with its uncertainty.
 
-Both series come with statsmodels: CO2 above Mauna Loa from 1958 to 2001, here as
-monthly means, and yearly sunspot numbers from 1700 to 2008. A `mom_forecaster` reads a
-window of the past and gives quantiles of the values to come. It is compared with two
-forecasts that repeat the last season, as it was or moved by the trend of the window,
-with the quantiles of the errors that they make on the training data.
+The series comes with statsmodels: CO2 above Mauna Loa from 1958 to 2001, here as
+monthly means. A `mom_forecaster` reads five years and gives quantiles of the twelve
+months to come; it knows the time of year. It is compared with two forecasts that repeat
+the last year, as it was or moved by the change from the year before, with the quantiles
+of the errors that they make on the training data.
 
-    python examples/forecast.py                         # CO2, on JAX
-    KERAS_BACKEND=torch python examples/forecast.py --series sunspots
+    python examples/forecast.py                         # on JAX
+    KERAS_BACKEND=torch python examples/forecast.py
 
 Needs statsmodels; `--plot FILE` needs matplotlib.
 """
@@ -26,45 +26,40 @@ import statsmodels.api as sm
 import keras_mom
 
 QUANTILES = (0.1, 0.5, 0.9)
-# Steps in a season, in a window and in the held-out end of the series.
-SIZES = {"co2": (12, 60, 120), "sunspots": (11, 66, 66)}
+SEASON = 12  # months, and the horizon
+WINDOW = 60
+HELD_OUT = 120
 
 
-def read_series(name):
-    """The values, float32 `[T]`."""
-    if name == "sunspots":
-        data = sm.datasets.sunspots.load_pandas().data
-        return data["SUNACTIVITY"].to_numpy("float32")
+def read_series():
+    """The monthly means in parts per million, float32 `[T]`."""
     weekly = sm.datasets.co2.load_pandas().data["co2"]
     # A few weeks were not measured.
     return weekly.resample("MS").mean().interpolate().to_numpy("float32")
 
 
-def phases(start, steps, season):
-    """Where in the season each step lies, on a circle: `[steps, 2]`."""
-    angle = 2 * np.pi * (start + np.arange(steps)) / season
+def phases(start, steps):
+    """Where in the year each month lies, on a circle: `[steps, 2]`."""
+    angle = 2 * np.pi * (start + np.arange(steps)) / SEASON
     return np.stack([np.sin(angle), np.cos(angle)], axis=-1).astype("float32")
 
 
-def windows(series, starts, season, window):
-    """Inputs and targets of the forecaster that begin at these steps.
-
-    The horizon is one season.
-    """
-    whole = window + season
+def windows(series, starts):
+    """Inputs and targets of the forecaster that begin at these steps."""
+    whole = WINDOW + SEASON
     values = np.stack([series[start : start + whole] for start in starts])[..., None]
     inputs = {
-        "values": values[:, :window],
-        "known_covariates": np.stack([phases(s, whole, season) for s in starts]),
+        "values": values[:, :WINDOW],
+        "known_covariates": np.stack([phases(s, whole) for s in starts]),
     }
-    return inputs, values[:, window:]
+    return inputs, values[:, WINDOW:]
 
 
-def repeat_season(values, season, trend):
-    """The last season of the windows `[B, T, 1]` again, moved by their trend or not."""
-    forecast = values[:, -season:]
+def repeat_season(values, trend):
+    """The last year of the windows `[B, T, 1]` again, moved by their trend or not."""
+    forecast = values[:, -SEASON:]
     if trend:
-        change = values[:, -season:].mean(1) - values[:, -2 * season : -season].mean(1)
+        change = values[:, -SEASON:].mean(1) - values[:, -2 * SEASON : -SEASON].mean(1)
         forecast = forecast + change[:, None]
     return forecast
 
@@ -84,8 +79,8 @@ def scores(targets, forecast):
 def plot(path, inputs, targets, forecast):
     from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
 
-    past, lower, upper = inputs["values"][-1, :, 0], forecast[-1, :, 0, 0], None
-    upper = forecast[-1, :, 0, -1]
+    past = inputs["values"][-1, :, 0]
+    lower, upper = forecast[-1, :, 0, 0], forecast[-1, :, 0, -1]
     future = np.arange(len(past), len(past) + len(lower))
     figure, axes = pyplot.subplots(figsize=(8, 4))
     axes.plot(past, color="black", label="window")
@@ -98,9 +93,8 @@ def plot(path, inputs, targets, forecast):
 
 def main():
     parser = argparse.ArgumentParser(
-        description="Forecast a series a season ahead, with quantiles."
+        description="Forecast atmospheric CO2 a year ahead, with quantiles."
     )
-    parser.add_argument("--series", choices=tuple(SIZES), default="co2")
     parser.add_argument("--epochs", type=int, default=25)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--width", type=int, default=32)
@@ -112,31 +106,24 @@ def main():
     keras.utils.set_random_seed(arguments.seed)
     print(f"Keras {keras.__version__} on {keras.config.backend()}")
 
-    series = read_series(arguments.series)
-    season, window, held_out = SIZES[arguments.series]
-    border = len(series) - held_out
-    # Training ends before the held-out steps; their windows reach back behind it.
-    inputs, targets = windows(
-        series, range(border - season - window + 1), season, window
-    )
-    test_inputs, test_targets = windows(
-        series,
-        range(border - window, len(series) - season - window + 1),
-        season,
-        window,
-    )
+    series = read_series()
+    border = len(series) - HELD_OUT
+    # Training ends before the held-out months; their windows reach back behind it.
+    inputs, targets = windows(series, range(border - SEASON - WINDOW + 1))
+    test_starts = range(border - WINDOW, len(series) - SEASON - WINDOW + 1)
+    test_inputs, test_targets = windows(series, test_starts)
     print(
-        f"{arguments.series}: {len(series)} steps, the last {held_out} held out; "
-        f"{len(targets)} windows of {window} steps, {season} to come"
+        f"{len(series)} months, the last {HELD_OUT} held out; {len(targets)} windows "
+        f"of {WINDOW} months, {SEASON} to come"
     )
     model = keras_mom.models.mom_forecaster(
         1,
-        season,
+        SEASON,
         num_layers=arguments.layers,
         hidden_dim=arguments.width,
         num_heads=2,
         key_dim=arguments.width // 4,
-        sequence_length=window,
+        sequence_length=WINDOW,
         quantiles=QUANTILES,
         known_covariates=2,
         dropout=0.1,
@@ -161,11 +148,11 @@ def main():
         verbose=1 if sys.stdout.isatty() else 0,
     )
 
-    print("\nHeld-out steps                pinball      MAE")
-    for name, trend in (("last season", False), ("last season, trend", True)):
-        errors = targets - repeat_season(inputs["values"], season, trend)
+    print("\nHeld-out months               pinball      MAE")
+    for name, trend in (("last year", False), ("last year, trend", True)):
+        errors = targets - repeat_season(inputs["values"], trend)
         forecast = with_error_quantiles(
-            repeat_season(test_inputs["values"], season, trend), errors
+            repeat_season(test_inputs["values"], trend), errors
         )
         loss, error = scores(test_targets, forecast)
         print(f"  {name:26s}{loss:9.4f}{error:9.4f}")

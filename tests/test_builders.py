@@ -11,6 +11,8 @@ from keras_mom.models.window_layers import Forecast, WindowNormalization
 from tests.layer_helpers import assert_close, to_numpy, tokens
 
 SIZES = {"num_layers": 1, "hidden_dim": 8, "num_heads": 2, "key_dim": 4}
+# What compiles in the shortest time.
+PLAIN = {**SIZES, "update_rule": "linear_attention", "conv_width": None}
 MASK = np.array([[0, 1, 1, 1, 0, 1, 1], [1, 1, 1, 1, 1, 0, 0]])
 IDS = np.random.default_rng(0).integers(0, 9, MASK.shape)
 HORIZON = 3
@@ -26,7 +28,7 @@ def encoder():
         num_classes=3,
         padding_mask=True,
         num_memories=3,
-        update_rule="gla",
+        update_rule="delta_net",
         norm_epsilon=1e-5,
     )
 
@@ -36,7 +38,7 @@ def forecaster():
     """Quantiles of two series, from values, covariates and a mask."""
     keras.utils.set_random_seed(0)
     return mom_forecaster(
-        2, HORIZON, **SIZES, known_covariates=2, padding_mask=True, seed=1, dropout=0.1
+        2, HORIZON, **PLAIN, known_covariates=2, padding_mask=True, seed=1, dropout=0.1
     )
 
 
@@ -84,7 +86,7 @@ def test_arguments_reach_the_layers(encoder):
     mixer = encoder.get_layer("block_0_mixer")
     for layer in (mixer.forward_layer, mixer.backward_layer):
         assert layer.num_memories == 3
-        assert layer.update_rule.name.startswith("gla")
+        assert layer.update_rule.name.startswith("delta_net")
         assert layer.norm_epsilon == 1e-5
     assert encoder.get_layer("final_norm").epsilon == 1e-5
     assert encoder.get_layer("block_0_feed_forward").intermediate_dim == 16
@@ -123,10 +125,10 @@ def test_rematerialization_changes_no_step():
     losses = []
     for remat in (False, True):
         keras.utils.set_random_seed(0)
-        model = mom_encoder(**SIZES, feature_dim=2, padding_mask=True, remat=remat)
+        model = mom_encoder(**PLAIN, feature_dim=2, padding_mask=True, remat=remat)
         names = model.get_layer("block_0_mixer").forward_layer._remat_mode.layer_names
         assert bool(names) == remat or not remat
-        model.compile(keras.optimizers.SGD(0.5), "mse")
+        model.compile(keras.optimizers.SGD(0.05), "mse")
         x, y = tokens(2, 7, 2), tokens(2, 7, 8, seed=2)
         inputs = {"features": x, "padding_mask": MASK}
         losses.append([float(model.train_on_batch(inputs, y)) for _ in range(2)])
@@ -140,7 +142,7 @@ def test_rematerialization_changes_no_step():
 def test_padding_changes_no_class():
     keras.utils.set_random_seed(0)
     model = mom_classifier(
-        3, **SIZES, vocabulary_size=9, padding_id=0, bidirectional=False
+        3, **PLAIN, vocabulary_size=9, padding_id=0, bidirectional=False
     )
     ids = 1 + IDS[:1] % 8
     padded = np.pad(ids, ((0, 0), (2, 3)))
@@ -200,7 +202,12 @@ def test_values_without_quantiles_or_normalization():
     model = mom_forecaster(2, HORIZON, **SIZES, quantiles=None, normalize=False)
     assert model.output.shape == (None, HORIZON, 2)
     assert isinstance(model.input, keras.KerasTensor)
-    assert np.isfinite(to_numpy(model(tokens(1, 5, 2)))).all()
+    layer = Forecast(2, HORIZON)
+    hidden, center, scale = tokens(2, 6, 8), tokens(2, 1, 2), tokens(2, 1, 2) ** 2
+    plain = to_numpy(layer(hidden))
+    scaled = to_numpy(layer((hidden, center, scale)))
+    assert plain.shape == (2, HORIZON, 2)
+    assert_close(scaled, plain * scale + center, 1e-6)
 
 
 def test_the_window_is_standardized():

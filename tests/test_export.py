@@ -50,22 +50,35 @@ if BACKEND != "torch":
     def test_a_saved_model_takes_any_length(model, inputs, tmp_path):
         model.export(tmp_path / "model", verbose=False)
         served = tf.saved_model.load(tmp_path / "model")
+        expected = model.predict(inputs, verbose=0)
         for rows, length in ((2, LENGTH), (1, 5)):
             part = {name: x[:rows, :length] for name, x in inputs.items()}
             actual = served.serve(part).numpy()
-            expected = to_numpy(model(part))
-            assert_close(valid(actual, part), valid(expected, part), 1e-5)
+            # Later tokens and other rows change nothing.
+            assert_close(
+                valid(actual, part), valid(expected[:rows, :length], part), 1e-5
+            )
 
     def test_a_saved_forecaster_knows_the_length_of_its_covariates(tmp_path):
         keras.utils.set_random_seed(0)
-        model = mom_forecaster(1, 3, 1, 8, 2, 4, known_covariates=2)
+        model = mom_forecaster(
+            1,
+            3,
+            1,
+            8,
+            2,
+            4,
+            known_covariates=2,
+            update_rule="linear_attention",
+            conv_width=None,
+        )
         inputs = {
             "values": tokens(2, 6, 1),
             "known_covariates": tokens(2, 9, 2, seed=2),
         }
         model.export(tmp_path / "model", verbose=False)
         served = tf.saved_model.load(tmp_path / "model")
-        expected = to_numpy(model(inputs))
+        expected = model.predict(inputs, verbose=0)
         assert_close(served.serve(inputs).numpy(), expected, 1e-5)
 
 

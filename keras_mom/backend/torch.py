@@ -172,7 +172,8 @@ def overwrites_variables():
 
 def check_export(length):
     """See `keras_mom.backend`."""
-    if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+    tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    if tracing and torch.onnx.is_in_onnx_export():
         raise ValueError(
             "A MoM layer is not exported to ONNX through TorchScript, whose trace "
             "holds for the lengths of its example alone and would be wrong for "

@@ -1,6 +1,7 @@
 """Export of models whose inputs share a number of tokens."""
 
 import itertools
+from typing import Any
 
 import keras
 
@@ -12,6 +13,8 @@ class ExportMixin:
     own, so that a mask of unknown length would not fit its tokens: here they share one.
     On torch, Keras would fix an unknown length at 1: here that is refused.
     """
+
+    input: Any
 
     def export(
         self,
@@ -51,7 +54,7 @@ class ExportMixin:
                     **options,
                     "polymorphic_shapes": self._polymorphic_shapes(signature),
                 }
-        super().export(
+        super().export(  # pyright: ignore[reportAttributeAccessIssue]
             filepath,
             format=format,
             verbose=verbose,
@@ -89,6 +92,11 @@ class ExportMixin:
 @keras.saving.register_keras_serializable("keras_mom")
 class SequenceModel(ExportMixin, keras.Model):
     """A functional `keras.Model` of sequences."""
+
+    # The arguments of a functional model, as which Keras saves and loads it.
+    def __init__(self, inputs, outputs, name=None, **kwargs):
+        kwargs.update(inputs=inputs, outputs=outputs, name=name)
+        super().__init__(**kwargs)
 
 
 @keras.saving.register_keras_serializable("keras_mom")
