@@ -543,6 +543,8 @@ DICT = {"token_ids": [[1, 2]], "padding_mask": [[1, 1]]}
         (np.zeros((2, 2, 2), "int32"), {"max_length": 2}, "prompts"),
         (np.zeros((2, 2)), {"max_length": 2}, "prompts"),
         ([[0.5]], {"max_length": 2}, "prompts"),
+        ([[11]], {"max_length": 2}, "prompts"),
+        ([[-1]], {"max_length": 2}, "prompts"),
         ("text", {"max_length": 9}, "prompts"),
         ({"token_ids": [[1]], "mask": [[1]]}, {"max_length": 2}, "prompts"),
         ({"padding_mask": [[1]]}, {"max_length": 2}, "prompts"),

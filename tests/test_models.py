@@ -203,7 +203,7 @@ def test_a_rule_with_arguments_is_saved():
     again = MoMBackbone.from_config(json.loads(json.dumps(backbone.get_config())))
     assert again.get_config() == backbone.get_config()
     assert again.dtype_policy.name == "mixed_bfloat16"
-    logits = MoMCausalLM(again)({name: inputs()[name] for name in again.input})
+    logits = again.token_embedding(ops.zeros((1, 1, WIDTH), "bfloat16"), reverse=True)
     assert keras.backend.standardize_dtype(logits.dtype) == "bfloat16"
     first, second = (block.mixer.update_rule for block in again.blocks)
     assert first is not second and type(first) is type(rule)
@@ -275,9 +275,10 @@ def test_lora_and_quantization_survive_a_file(tmp_path):
     assert merged.lora_rank is None
     # Keras merges LoRA into the quantized kernel when it saves.
     ids = {name: inputs()[name] for name in model.backbone.input}
-    output = forward(loaded, ids)
-    assert_close(output, forward(model, ids), 0.1)
-    assert_close(forward(MoMCausalLM(merged), ids), output, 1e-5)
+    assert_close(forward(loaded, ids), forward(model, ids), 0.1)
+    for one, other in zip(merged.blocks, loaded.backbone.blocks):
+        kernels = [to_numpy(x.mixer.query_projection._kernel) for x in (one, other)]
+        np.testing.assert_array_equal(*kernels)
 
 
 # Bad input.

@@ -38,6 +38,8 @@ class ModelSettings:
             the heads too.
         memories, top_k: M and k.
         feed_forward: whether a `keras_mom.models.GatedMLP` follows each layer.
+        convolution: whether a causal convolution of width 3 comes before each layer.
+        tied: whether the embedding serves in reverse too.
     """
 
     kind: str
@@ -50,6 +52,8 @@ class ModelSettings:
     memories: int
     top_k: int
     feed_forward: bool
+    convolution: bool
+    tied: bool
 
     def memory_arguments(self):
         """Arguments of `keras_mom.MoMLayer`."""
@@ -105,14 +109,20 @@ def build_model(settings, vocabulary_size, length=None, encoder=False):
     embedding = keras.layers.ReversibleEmbedding(
         vocabulary_size,
         settings.width,
-        embeddings_initializer=keras.initializers.RandomNormal(stddev=_STDDEV),
+        tie_weights=settings.tied,
+        embeddings_initializer=keras.initializers.RandomNormal(
+            stddev=_STDDEV if settings.tied else 1.0
+        ),
         name="embedding",
     )
     x = embedding(tokens)
     for layer in range(settings.layers):
+        if settings.convolution:
+            convolution = keras.layers.Conv1D(
+                settings.width, 3, padding="causal", name=f"convolution_{layer}"
+            )
+            x = x + convolution(_norm(f"convolution_norm_{layer}")(x))
         mixed = _mixer(settings, layer)(_norm(f"norm_{layer}")(x))
-        if settings.kind == "lstm" or mixed.shape[-1] != settings.width:
-            mixed = keras.layers.Dense(settings.width, name=f"output_{layer}")(mixed)
         x = x + mixed
         if settings.feed_forward:
             network = keras_mom.models.GatedMLP(2 * settings.width, name=f"mlp_{layer}")

@@ -9,6 +9,8 @@ from collections import defaultdict
 
 from recall_models import KINDS, WITHOUT_RULE
 
+from keras_mom.visualization import new_figure, save_figure
+
 # What tells one run from another, in the file as text.
 RUN = (
     "task",
@@ -22,6 +24,8 @@ RUN = (
     "memories",
     "top_k",
     "feed_forward",
+    "convolution",
+    "tied",
     "epochs",
     "batch_size",
     "weight_decay",
@@ -142,7 +146,7 @@ def table(rows):
         head = ["model", "D", "state (active)", "parameters", "rate", "seeds", *tests]
         lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for (_, name, width), some in models.items():
-            row = some[0]
+            row = some[-1]
             seeds = len({row["seed"] for row in some})
             state = f"{int(row['state']):,} ({int(row['active_state']):,})"
             cells = [name, str(width), state, f"{int(row['parameters']):,}"]
@@ -162,64 +166,58 @@ def table(rows):
 def plot(rows, folder):
     """Draws accuracy against state size and against length; returns the files.
 
+    Against state size: at the last, hardest, test. Bars go from the lowest to the
+    highest seed.
+
     Raises:
         ImportError: without matplotlib.
     """
-    from keras_mom.visualization import pyplot
-
-    plt = pyplot()
     chosen = best(rows)
     files = []
     for task in dict.fromkeys(row["task"] for row in rows):
         models = {key: some for key, some in chosen.items() if key[0] == task}
-        for against in ("state", "length"):
-            figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-            curves = defaultdict(list)
-            for (_, name, width), some in models.items():
-                if against == "state":
-                    last = list(accuracies(some))[-1]
-                    points = [_point(some, last, "state")]
-                else:
-                    name = f"{name}, D {width}" if _several_widths(models) else name
-                    points = [
-                        _point(some, test, "test_order") for test in accuracies(some)
-                    ]
-                curves[name] += points
-            for name, points in curves.items():
-                x, mean, low, high = zip(*sorted(points))
-                spread = [
-                    [m - a for m, a in zip(mean, low)],
-                    [b - m for m, b in zip(mean, high)],
-                ]
-                axes.errorbar(x, mean, spread, marker="o", capsize=3, label=name)
+        for against, draw in (("state", _against_state), ("length", _against_length)):
+            figure, axes = new_figure(7, 4.5)
+            draw(axes, task, models)
             axes.set_ylim(-0.02, 1.02)
             axes.set_ylabel("accuracy")
-            if against == "state":
-                test = list(accuracies(next(iter(models.values()))))[-1]
-                axes.set_xscale("log")
-                axes.set_xlabel("numbers in the state")
-                axes.set_title(f"{task}: {test}")
-            else:
-                tests = list(accuracies(next(iter(models.values()))))
-                axes.set_xticks(range(len(tests)), tests, rotation=30, ha="right")
-                axes.set_title(task)
             axes.legend(fontsize="small")
-            path = os.path.join(folder, f"{task}_against_{against}.png")
-            figure.savefig(path, dpi=150)
-            plt.close(figure)
-            files.append(path)
+            files.append(os.path.join(folder, f"{task}_against_{against}.png"))
+            save_figure(figure, files[-1])
     return files
 
 
-def _several_widths(models):
-    return len({width for _, _, width in models}) > 1
+def _against_state(axes, task, models):
+    curves = defaultdict(list)
+    for (_, name, _), some in models.items():
+        last = some[-1]
+        values = accuracies(some)[last["test"]]
+        curves[name].append((int(last["state"]), values))
+        axes.set_title(f"{task}: {last['test']}")
+    for name, points in curves.items():
+        _curve(axes, name, sorted(points))
+    axes.set_xscale("log")
+    axes.set_xlabel("numbers in the state")
 
 
-def _point(rows, test, against):
-    """Place on the axis, and mean, lowest and highest accuracy of a test."""
-    values = accuracies(rows)[test]
-    if against == "test_order":
-        place = list(accuracies(rows)).index(test)
-    else:
-        place = next(int(row["state"]) for row in rows if row["test"] == test)
-    return place, statistics.fmean(values), min(values), max(values)
+def _against_length(axes, task, models):
+    several_widths = len({width for _, _, width in models}) > 1
+    tests = []
+    for (_, name, width), some in models.items():
+        found = accuracies(some)
+        tests = list(found)
+        name = f"{name}, D {width}" if several_widths else name
+        _curve(axes, name, list(enumerate(found.values())))
+    axes.set_xticks(range(len(tests)), tests, rotation=20, ha="right")
+    axes.set_title(task)
+
+
+def _curve(axes, name, points):
+    """Draws places and the accuracies of the seeds at each."""
+    means = [statistics.fmean(values) for _, values in points]
+    spread = [
+        [mean - min(values) for mean, (_, values) in zip(means, points)],
+        [max(values) - mean for mean, (_, values) in zip(means, points)],
+    ]
+    places = [place for place, _ in points]
+    axes.errorbar(places, means, spread, marker="o", capsize=3, label=name)

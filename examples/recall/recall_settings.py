@@ -39,7 +39,7 @@ class Preset:
         tasks: what is learned.
         models, rules: kinds of models, and update rules of those that have one.
         widths: D of the models, one after the other.
-        layers, heads, memories, top_k, feed_forward: of the models.
+        layers, heads, memories, top_k, feed_forward, convolution, tied: of the models.
         key_dim, value_dim: of one memory and head; None for D over twice, and once,
             the number of heads.
         learning_rates, seeds: every model is trained with each of them.
@@ -62,6 +62,8 @@ class Preset:
     memories: int = 4
     top_k: int = 2
     feed_forward: bool = False
+    convolution: bool = True
+    tied: bool = True
 
     def changed(self, **changes):
         """With what is given in `changes`, None standing for nothing."""

@@ -87,6 +87,8 @@ def list_runs(preset):
                         memories=preset.memories,
                         top_k=preset.top_k,
                         feed_forward=preset.feed_forward,
+                        convolution=preset.convolution,
+                        tied=preset.tied,
                     )
                     for rate in preset.learning_rates:
                         for seed in preset.seeds:
@@ -166,7 +168,9 @@ def train(run, settings, task, preset, folder, arguments):
     def accuracy(examples):
         share = shortest / examples.inputs.shape[1]
         return model.evaluate(
-            *examples,
+            examples.inputs,
+            examples.targets,
+            sample_weight=examples.weights,
             batch_size=max(1, int(preset.batch_size * share)),
             verbose=0,
             return_dict=True,

@@ -408,13 +408,14 @@ class MoMBackbone(AdaptationMixin, ExportMixin, hub.Backbone):
         return cls(**config)
 
 
-def _attention_indices(attention_layers: Any, num_layers):
+def _attention_indices(attention_layers, num_layers):
     """The indices of blocks with attention, from a list or from n for every n-th."""
+    given: Any = attention_layers
     if isinstance(attention_layers, int) and not isinstance(attention_layers, bool):
         check_positive("attention_layers", attention_layers)
         return set(range(attention_layers - 1, num_layers, attention_layers))
     try:
-        indices = [int(index) for index in attention_layers]
+        indices = [int(index) for index in given]
     except (TypeError, ValueError):
         indices = None
     if indices is None or not all(0 <= index < num_layers for index in indices):

@@ -273,12 +273,12 @@ class CausalAttention(ProjectionsMixin, keras.layers.Layer):
         batch, length, _, _ = ops.shape(query)
         shape = (batch, length, self.num_key_value_heads, -1, self.head_dim)
         query = ops.reshape(query, shape)
-        scale = self.head_dim**-0.5
+        # Scores of 16 bits would be too coarse for the exponential.
+        query = ops.cast(query, "float32") * self.head_dim**-0.5
         scores = [
             hide(
                 shown[:, None, None],
-                ops.cast(ops.einsum("bthgk,bshk->bhgts", query, key), "float32")
-                * scale,
+                ops.einsum("bthgk,bshk->bhgts", query, ops.cast(key, "float32")),
             )
             for key, shown in zip(keys, visible)
         ]

@@ -228,6 +228,14 @@ class GenerationMixin:
         pad_token_id = 0 if pad_token_id is None else int(pad_token_id)
         stops = _stop_token_ids(stop_token_ids, preprocessor)
         given = prompts.read(given, max_length, pad_token_id, preprocessor)
+        size = self.backbone.token_embedding.input_dim
+        for row in given.rows:
+            # Backends differ in what they do about it.
+            if row.min() < 0 or row.max() >= size:
+                raise ValueError(
+                    f"`prompts` must hold token ids from 0 to {size - 1}, the model's "
+                    f"vocabulary. Received: ids from {row.min()} to {row.max()}"
+                )
         if seed is None:
             seed = chosen.seed
         elif isinstance(chosen, samplers.KerasHubSampler):

@@ -1,0 +1,5 @@
+"""Callbacks for `model.fit`."""
+
+from keras_mom.callbacks.routing_monitor import RoutingMonitor
+
+__all__ = ["RoutingMonitor"]
