@@ -290,3 +290,15 @@ def test_an_error_names_the_argument(name):
 def test_the_builders_are_public():
     for name in ("mom_encoder", "mom_classifier", "mom_forecaster", "QuantileLoss"):
         assert name in keras_mom.models.__all__
+
+
+def test_characters_get_the_tags_of_their_tokens():
+    from examples.tagging import TAGS, tag_characters
+
+    text = 'def f(x):\n    """Two\n    lines."""\n    return x + 1.5  # sum\n'
+    codes, tags = tag_characters(text)
+    assert "".join(chr(code - 1) for code in codes) == text
+    letters = "".join(" " if tag == 0 else TAGS[tag][0] for tag in tags)
+    assert letters[:9] == "kkk nonoo"
+    assert letters[14 : text.index('"""\n') + 3] == "s" * len('"""Two\n    lines."""')
+    assert letters[text.index("return") :] == "kkkkkk n o nnn  ccccc "
