@@ -225,7 +225,7 @@ def test_phone_book():
     [
         ("multi_query_recall", {"length": 15}, "`length` must be even"),
         ("multi_query_recall", {"length": 14}, "`length` must be at least 16"),
-        ("multi_query_recall", {"vocabulary_size": 32}, "must be at least 33"),
+        ("multi_query_recall", {"vocabulary_size": 9}, "must be at least 10"),
         ("multi_query_recall", {"power": 0}, "`power` must be positive"),
         ("multi_query_recall", {"num_examples": 0}, "`num_examples` must be a pos"),
         ("in_context_recall", {"length": 2}, "`length` must be even and at least 4"),

@@ -17,14 +17,12 @@ BATCH, LENGTH, MEMORIES, VOCABULARY = 4, 10, 3, 12
 
 @pytest.fixture(scope="module")
 def model():
-    """Rematerialized, masked, and of two layers."""
+    """Rematerialized and masked."""
     keras.utils.set_random_seed(0)
     ids = keras.Input((LENGTH,), dtype="int32")
     x = keras.layers.Embedding(VOCABULARY, 8, mask_zero=True)(ids)
     with keras.RematScope(mode="full"):
-        for name in ("first", "second"):
-            layer = keras_mom.MoMLayer(2, 4, num_memories=MEMORIES, name=name)
-            x = keras.layers.Add()([x, layer(x)])
+        x = keras_mom.MoMLayer(2, 4, num_memories=MEMORIES, name="mom")(x)
     model = keras.Model(ids, keras.layers.Dense(VOCABULARY)(x))
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile("adam", loss)
@@ -63,23 +61,32 @@ def test_counts():
         visualization.memory_tokens(layer, [[4, 4, 0, 1]], 4)
 
 
-def test_probe_reads_what_the_layer_does():
-    layer = make_layer(width=8, num_memories=MEMORIES, go_backwards=True)
+def test_probe_reads_what_the_layers_do():
+    layers = [
+        make_layer(width=8, num_memories=MEMORIES, seed=seed, go_backwards=backwards)
+        for seed, backwards in ((1, True), (2, False))
+    ]
     x = tokens(2, 5, 8)
     mask = np.array([[1, 1, 1, 1, 1], [0, 1, 1, 0, 1]], bool)
-    layer(x, mask=mask, training=True)
-    statistics = layer.routing_statistics
     source, given = keras.Input((5, 8)), keras.Input((5,), dtype="bool")
-    model = keras.Model([source, given], layer(source, mask=given))
-    (found,) = visualization.collect_routing(model, [x, mask])
-    weights, indices = (keras.ops.convert_to_numpy(y) for y in layer.route(x))
-    np.testing.assert_array_equal(found.indices[mask], indices[mask])
-    np.testing.assert_allclose(found.weights[mask], weights[mask], rtol=1e-5)
-    np.testing.assert_array_equal(found.mask, mask)
-    shares = visualization.memory_shares([found])
-    np.testing.assert_allclose(shares[0], statistics["share"], rtol=1e-5)
-    entropy = visualization.router_entropy([found])
-    np.testing.assert_allclose(entropy[0], statistics["entropy"], rtol=1e-5)
+    outputs = [layer(source, mask=given) for layer in layers]
+    model = keras.Model([source, given], outputs)
+    found = visualization.collect_routing(model, [x, mask])
+    assert len(found) == 2
+    by_name = {one.name: one for one in found}
+    for layer in layers:
+        one = by_name[layer.path]
+        scores = x @ keras.ops.convert_to_numpy(layer.router.kernel)
+        expected = np.exp(scores) / np.exp(scores).sum(axis=-1, keepdims=True)
+        np.testing.assert_allclose(
+            one.probabilities[mask], expected[mask], rtol=1e-4, atol=1e-6
+        )
+        order = np.argsort(-expected, axis=-1)[..., :2]
+        np.testing.assert_array_equal(one.indices[mask], order[mask])
+        chosen = np.take_along_axis(expected, order, axis=-1)
+        chosen /= chosen.sum(axis=-1, keepdims=True)
+        np.testing.assert_allclose(one.weights[mask], chosen[mask], rtol=1e-4)
+        np.testing.assert_array_equal(one.mask, mask)
 
 
 def test_monitor_in_training(model, ids, tmp_path):
@@ -99,7 +106,7 @@ def test_monitor_in_training(model, ids, tmp_path):
         verbose=0,
         callbacks=[sampled, last_batch],
     )
-    assert sampled.layer_names == ["first", "second"]
+    assert sampled.layer_names == ["mom"]
     assert sampled.history["epoch"] == [1, 2]
     assert last_batch.history["epoch"] == [2]
     # The batch of the second epoch is routed by what the first one left.
@@ -113,13 +120,13 @@ def test_monitor_in_training(model, ids, tmp_path):
     pictures = sorted(path.name for path in (tmp_path / "pictures").iterdir())
     assert pictures == sorted(
         [f"shares_{n:04d}.png" for n in (1, 2)]
-        + [f"tokens_{name}_{n:04d}.png" for name in ("first", "second") for n in (1, 2)]
+        + [f"tokens_mom_{n:04d}.png" for n in (1, 2)]
         + ["entropy.png"]
     )
     (board,) = (tmp_path / "board").iterdir()
     content = board.read_bytes()
-    assert content.count(b"memory_share/first/memory_2") == 2
-    assert content.count(b"\x89PNG") == 8
+    assert content.count(b"memory_share/mom/memory_2") == 2
+    assert content.count(b"\x89PNG") == 6
     # Nothing of the watching is left behind.
     for layer in visualization.mom_layers(model):
         assert "_compute" not in vars(layer) and "_route" not in vars(layer)

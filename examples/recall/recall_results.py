@@ -1,6 +1,7 @@
 """Results of runs: the file they are kept in, tables and plots."""
 
 import csv
+import hashlib
 import os
 import platform
 import statistics
@@ -49,43 +50,62 @@ COLUMNS = RUN + MEASURED
 
 
 class Results:
-    """Lines of a CSV file: one for each test of each finished run.
+    """Finished runs: a CSV file each, with a line for each test, and one of all.
 
-    The file is replaced as a whole, so that it never holds half a run.
+    Several commands may share a folder. A file is put in its place as a whole, so that
+    none ever holds half a run.
     """
 
-    def __init__(self, path):
-        self.path = path
-        self.rows = []
-        if os.path.exists(path):
-            with open(path, newline="") as file:
-                self.rows = list(csv.DictReader(file))
-        self._finished = {_name(row) for row in self.rows}
-
-    def finished(self, run):
-        """Whether a run, a dict of the columns `RUN`, is in the file."""
-        return _name(run) in self._finished
+    def __init__(self, folder):
+        self.folder = os.path.join(folder, "runs")
+        self.path = os.path.join(folder, "results.csv")
+        os.makedirs(self.folder, exist_ok=True)
 
     def rows_of(self, run):
-        """The lines of a run."""
-        return [row for row in self.rows if _name(row) == _name(run)]
+        """The lines of a run, by its columns `RUN`; none if it is not finished."""
+        rows = _read(self._file(run))
+        wanted = {column: str(run[column]) for column in RUN}
+        return [row for row in rows if wanted.items() <= row.items()]
 
     def add(self, run, lines):
         """Adds a run with the lines of its tests, dicts of the columns `MEASURED`."""
-        for line in lines:
-            self.rows.append({k: str(v) for k, v in {**run, **line}.items()})
-        self._finished.add(_name(run))
-        os.makedirs(os.path.dirname(self.path), exist_ok=True)
-        draft = f"{self.path}.tmp"
-        with open(draft, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows)
-        os.replace(draft, self.path)
+        _write(self._file(run), [{**run, **line} for line in lines])
+        names = sorted(os.listdir(self.folder))
+        rows = [
+            row
+            for name in names
+            if name.endswith(".csv")
+            for row in _read(os.path.join(self.folder, name))
+        ]
+        _write(self.path, rows)
+
+    def _file(self, run):
+        return os.path.join(self.folder, f"{run_name(run)}.csv")
 
 
-def _name(row):
-    return tuple(str(row[column]) for column in RUN)
+def run_name(run):
+    """A name for the files of a run."""
+    text = repr([str(run[column]) for column in RUN])
+    parts = [run["task"], run["model"], run["rule"], f"D{run['width']}"]
+    parts += [f"rate{run['learning_rate']:g}", f"seed{run['seed']}"]
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return "-".join([part for part in parts if part] + [digest])
+
+
+def _read(path):
+    if not os.path.exists(path):
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _write(path, rows):
+    draft = f"{path}.{os.getpid()}.tmp"
+    with open(draft, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(draft, path)
 
 
 def hardware(accelerator):
@@ -196,7 +216,7 @@ def _against_state(axes, task, models):
         axes.set_title(f"{task}: {last['test']}")
     for name, points in curves.items():
         _curve(axes, name, sorted(points))
-    axes.set_xscale("log")
+    axes.set_xscale("log", base=2)
     axes.set_xlabel("numbers in the state")
 
 

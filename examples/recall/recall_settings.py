@@ -71,7 +71,7 @@ class Preset:
         return replace(self, **given)
 
 
-def _mqar(vocabulary_size, training, tests):
+def _mqar(vocabulary_size, training, tests, **arguments):
     def parts(triples):
         return tuple(
             dict(
@@ -79,6 +79,7 @@ def _mqar(vocabulary_size, training, tests):
                 num_pairs=pairs,
                 num_examples=count,
                 vocabulary_size=vocabulary_size,
+                **arguments,
             )
             for length, pairs, count in triples
         )
@@ -109,23 +110,28 @@ _ALL = ("single", "expanded", "expanded_keys", "mom", "mom_unshared")
 _ALL += ("hybrid", "attention", "lstm")
 _AS_MAD_TRAINS = {"training": True}
 
+# Fifteen keys, few pairs, and short sequences first: learned in hundreds of steps.
 SMALL = Preset(
     tasks=(
         _mqar(
-            128,
-            training=[(64, 8, 6_400), (64, 16, 6_400)],
-            tests=[(64, 4, 500), (64, 8, 500), (64, 16, 500)],
+            32,
+            training=[(16, 4, 9_600), (32, 8, 4_800)],
+            tests=[(16, 4, 960), (32, 8, 960), (60, 15, 960)],
+            random_fill=False,
         ),
     ),
     models=("single", "expanded", "mom"),
-    learning_rates=(1e-2,),
+    learning_rates=(1.5e-2,),
     seeds=(0, 1),
-    epochs=8,
-    batch_size=64,
+    epochs=3,
+    batch_size=96,
     weight_decay=0.1,
     widths=(64,),
-    key_dim=8,
+    layers=1,
+    key_dim=4,
     value_dim=16,
+    top_k=1,
+    tied=False,
 )
 
 MQAR = Preset(

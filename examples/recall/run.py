@@ -5,9 +5,10 @@
 
 Models that differ only in what mixes tokens learn a task of `keras_mom.tasks`, each
 with every learning rate and seed, and are tested on sequences of their own. Results go
-to a CSV file, one line for each test of each run; tables and plots are made of it. A
+to CSV files, one line for each test of each run; tables and plots are made of them. A
 command that was interrupted and is given again leaves out what is finished, and goes on
-with a run in the epoch where it stopped.
+with a run in the epoch where it stopped. Commands for other models or seeds may share
+the folder at the same time, on a GPU each.
 
 Presets: `small`; `mqar`, the settings of Zoology (arXiv 2312.04927); `mad`, the six
 tasks of MAD (arXiv 2403.17844); `retrieval`, needles in a haystack and phone books.
@@ -19,6 +20,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -26,7 +28,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 from recall_models import KINDS, WITHOUT_RULE, ModelSettings, build_model
-from recall_results import Results, hardware, plot, table
+from recall_results import Results, hardware, plot, run_name, table
 from recall_settings import PRESETS
 
 import keras_mom
@@ -200,14 +202,6 @@ def train(run, settings, task, preset, folder, arguments):
     return [dict(line, seconds=seconds) for line in lines], backup
 
 
-def run_name(run):
-    text = repr(sorted(run.items()))
-    parts = [run["task"], run["model"], run["rule"], f"D{run['width']}"]
-    parts += [f"rate{run['learning_rate']:g}", f"seed{run['seed']}"]
-    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    return "-".join([part for part in parts if part] + [digest])
-
-
 def parse_arguments():
     parser = argparse.ArgumentParser(
         description="Compare what models remember.",
@@ -258,12 +252,14 @@ def main():
     arguments = parse_arguments()
     if arguments.dtype:
         keras.config.set_dtype_policy(arguments.dtype)
+    # The router of a single memory.
+    warnings.filterwarnings("ignore", message="You are using a softmax over axis")
     preset = chosen_preset(arguments)
     arguments.hardware = arguments.hardware or hardware(keras_mom.backend.accelerator())
     folder = arguments.out or f"recall_{arguments.preset}"
-    results = Results(os.path.join(folder, "results.csv"))
+    results = Results(folder)
     runs = list_runs(preset)
-    left = [run for run in runs if not results.finished(run[0])]
+    left = [run for run in runs if not results.rows_of(run[0])]
     print(f"{len(runs)} runs, {len(left)} to do; results in {results.path}")
     for number, (run, settings, task) in enumerate(left, 1):
         print(f"\n[{number}/{len(left)}] {run_name(run)}", flush=True)

@@ -41,7 +41,7 @@ def multi_query_recall(
         num_examples: B.
         length: T; even.
         num_pairs: number of pairs.
-        vocabulary_size: number of tokens; more than `length`.
+        vocabulary_size: number of tokens.
         power: exponent a of the gaps' distribution, `p(i) ~ i^(a - 1)`. With 1 all
             gaps are as likely.
         num_passes: how often the list of pairs is read out.
@@ -73,7 +73,6 @@ def multi_query_recall(
         context + 2 * num_pairs,
         f"for {num_pairs} pairs, read {num_passes} time(s), and as many queries",
     )
-    check_enough("vocabulary_size", vocabulary_size, length + 1, "more than `length`")
     half = vocabulary_size // 2
     check_enough(
         "vocabulary_size",

@@ -60,7 +60,8 @@ class RoutingProbe:
         inputs: what the model takes: an array, or a dict or list of arrays.
 
     Returns:
-        A list of `LayerRouting`, in the order of the calls.
+        A list of `LayerRouting`, in the order of the layers; a layer that is called
+        twice comes twice.
 
     Raises:
         ValueError: if the model has no MoM layer.
@@ -85,6 +86,8 @@ class RoutingProbe:
     def _read(self, carry, inputs):
         with _recorded(self.model, self.layers) as calls:
             self.model(inputs, training=False)
+        places = {id(layer): place for place, layer in enumerate(self.layers)}
+        calls.sort(key=lambda call: places[id(call[0])])
         self._names = [layer.path for layer, _ in calls]
         return carry, [call for _, call in calls]
 
