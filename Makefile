@@ -6,6 +6,8 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 # Where libtpu is installed, JAX looks for a TPU: it has an environment of its own.
 TPU_VENV ?= .venv-tpu
+# KerasHub asks for the whole of TensorFlow: what it really needs lies in a folder.
+KERAS_HUB := $(VENV)/keras-hub
 
 # The backend of `make demo`, and the backends of `make test` and `make bench-cpu`.
 BACKEND := $(or $(KERAS_BACKEND),jax)
@@ -26,10 +28,10 @@ test: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 pins_torch := torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench-cpu recall compile-tpu clean
+.PHONY: help demo test lint bench-cpu recall test-keras-hub compile-tpu clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo "  make demo KERAS_BACKEND=torch      the demo on another backend (jax, torch, tensorflow)"
 	@echo "  make demo DEMO_ARGS='--steps 50'   options for examples/quickstart.py"
@@ -65,6 +67,13 @@ bench-cpu: $(VENV)/.installed-test ## Time the layer on this machine's CPU, on e
 recall: $(VENV)/.installed-$(BACKEND) ## Train a layer of every update rule on associative recall
 	KERAS_BACKEND=$(BACKEND) $(PY) benchmarks/recall.py $(RECALL_ARGS)
 
+test-keras-hub: $(KERAS_HUB)/.installed ## Run KerasHub's own tests of backbones and tasks
+	@set -e; for backend in $(BACKENDS); do \
+	    echo "==> tests with KerasHub on $$backend"; \
+	    PYTHONPATH=$(KERAS_HUB) KERAS_BACKEND=$$backend $(PY) -m pytest -q -k hub \
+	        tests/test_keras_hub.py tests/test_samplers.py tests/test_generation.py; \
+	done
+
 compile-tpu: $(TPU_VENV)/.installed ## Compile the memory scan for TPUs, of which none is needed
 	PYTHONPATH=kernels $(TPU_VENV)/bin/python tests/kernels/compile_tpu.py
 
@@ -80,6 +89,12 @@ $(PY):
 # One stamp per extra: a second run installs nothing unless pyproject.toml changed.
 $(VENV)/.installed-%: pyproject.toml | $(PY)
 	$(PY) -m pip install --quiet --disable-pip-version-check $(pins_$*) -e '.[$*]'
+	@touch $@
+
+$(KERAS_HUB)/.installed: $(VENV)/.installed-test
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+	    --target $(KERAS_HUB) keras-hub==0.32.0 tensorflow-text==2.21.1 grain etils \
+	    array-record cloudpickle portpicker importlib_resources zipp fsspec psutil regex
 	@touch $@
 
 $(TPU_VENV)/.installed: Makefile

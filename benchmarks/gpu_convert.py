@@ -6,6 +6,11 @@ in bfloat16 rounding alone changes which memories a token goes to. Then converts
 and compares bit for bit.
 
     KERAS_BACKEND=torch python benchmarks/gpu_convert.py --dtype float32 bfloat16
+
+Without a GPU, their kernels run in Triton's interpreter, minutes for a small model:
+
+    TRITON_INTERPRET=1 KERAS_BACKEND=torch python benchmarks/gpu_convert.py \\
+        --device cpu --batch 1 --layers 2 --width 32 --heads 2 --head-dim 16
 """
 
 # pyright: reportMissingImports=false
@@ -15,6 +20,8 @@ import functools
 import importlib.util
 import os
 import sys
+from typing import Any
+from unittest import mock
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 # Their kernels would take TF32 for float32, which is off by more than what is measured.
@@ -31,9 +38,10 @@ LIMITS = {"float32": 1e-3, "bfloat16": 2e-2}
 
 
 def parse(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     add = parser.add_argument
     add("--dtype", nargs="+", choices=sorted(LIMITS), default=sorted(LIMITS))
+    add("--device", choices=("cuda", "cpu"), default="cuda")
     for name, default in (("length", 512), ("batch", 2), ("layers", 4)):
         add(f"--{name}", type=_positive, default=default)
     for name, default in (("width", 512), ("heads", 4), ("head-dim", 128)):
@@ -52,8 +60,17 @@ def _positive(text):
     return int(text)
 
 
+def interpret():
+    """Makes their model run on a CPU, under `TRITON_INTERPRET=1`."""
+    from triton.runtime.autotuner import Autotuner
+
+    # There is nothing to time, and no driver to do it.
+    setattr(Autotuner, "_bench", lambda *args, **kwargs: [1.0] * 3)  # noqa: B010
+    keras_mom.config.set_implementation("portable")
+
+
 def published_model(options, dtype):
-    """Their model on the GPU, with weights at which every part matters."""
+    """Their model, with weights at which every part matters."""
     import torch
     from fla.models import MomConfig, MomForCausalLM
 
@@ -75,7 +92,16 @@ def published_model(options, dtype):
                 weight.add_(0.3 * torch.randn_like(weight))
             elif weight.ndim == 2:
                 weight.normal_(std=weight.shape[1] ** -0.5)
-    return model.to("cuda", getattr(torch, dtype)).eval()
+            # As in a trained model, no layer outweighs all that came before.
+            if "embeddings" in name:
+                weight.normal_()
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                weight.mul_((2 * options.layers) ** -0.5)
+    if options.device == "cpu":
+        for layer in model.model.layers:
+            # The interpreter does not run their chunkwise kernels.
+            layer.attn.mode = "fused_recurrent"
+    return model.to(options.device, getattr(torch, dtype)).eval()
 
 
 def published_logits(model, tokens):
@@ -83,13 +109,9 @@ def published_logits(model, tokens):
     import torch
 
     # Tokens of a memory keep their order in time only if the sort is stable.
-    argsort = torch.Tensor.argsort
-    torch.Tensor.argsort = functools.partialmethod(argsort, stable=True)
-    try:
-        with torch.no_grad():
-            outputs = model(tokens, use_cache=False)
-    finally:
-        torch.Tensor.argsort = argsort
+    stable = functools.partialmethod(torch.Tensor.argsort, stable=True)
+    with mock.patch.object(torch.Tensor, "argsort", stable), torch.no_grad():
+        outputs = model(tokens, use_cache=False)
     shape = (*tokens.shape, -1)
     return outputs.logits, [x.reshape(shape) for x in outputs.router_logits]
 
@@ -106,30 +128,49 @@ def route_as(lm, router_logits, top_k):
         block.mixer._route = lambda inputs, route=route: route
 
 
+def our_logits(lm, tokens):
+    import torch
+
+    ids = tokens.to(torch.int32)
+    with torch.no_grad():
+        return lm({"token_ids": ids, "padding_mask": torch.ones_like(ids)})
+
+
+def relative_rms(actual, expected):
+    error = (actual.double() - expected.double()).square().mean().sqrt()
+    return float(error / expected.double().square().mean().sqrt())
+
+
 def compare(options, dtype):
-    """The relative error of our logits, and the tensors that do not come back."""
+    """Compares the two models.
+
+    Returns:
+        The relative error of our logits against theirs; that of theirs and of ours
+        against ours in float32; and the tensors that do not come back.
+    """
     import torch
 
     theirs = published_model(options, dtype)
     shape = options.batch, options.length
-    tokens = torch.randint(options.vocabulary, shape, device="cuda")
+    tokens = torch.randint(options.vocabulary, shape, device=options.device)
     expected, router_logits = published_logits(theirs, tokens)
     state = theirs.state_dict()
-    lm = from_fla(state, theirs.config, dtype=dtype)
-    route_as(lm, router_logits, options.top_k)
-    padding_mask = torch.ones_like(tokens, dtype=torch.int32)
-    inputs = {"token_ids": tokens.to(torch.int32), "padding_mask": padding_mask}
-    with torch.no_grad():
-        actual = lm(inputs, training=False)
-    error = (actual.double() - expected.double()).square().mean().sqrt()
-    error = float(error / expected.double().square().mean().sqrt())
-    back = to_fla(lm)
+    logits = {}
+    for ours in ("float32", dtype):
+        lm = from_fla(state, theirs.config, dtype=ours)
+        route_as(lm, router_logits, options.top_k)
+        logits[ours] = our_logits(lm, tokens)
+    back: Any = to_fla(lm)
     changed = set(state) ^ set(back)
     for name in set(state) & set(back):
         bits = state[name].cpu().contiguous().view(torch.uint8).numpy()
         if not np.array_equal(bits, back[name].view("uint8")):
             changed.add(name)
-    return error, sorted(changed)
+    error = relative_rms(logits[dtype], expected)
+    against_float32 = [
+        relative_rms(x, logits["float32"]) for x in (expected, logits[dtype])
+    ]
+    return error, against_float32, sorted(changed)
 
 
 def main(arguments=None):
@@ -140,18 +181,22 @@ def main(arguments=None):
         sys.exit("flash-linear-attention is missing: see benchmarks/gpu_peers.py")
     import torch
 
-    if not torch.cuda.is_available():
-        sys.exit("there is no NVIDIA GPU")
-    print(f"{torch.cuda.get_device_name()}, keras_mom {keras_mom.__version__}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("there is no NVIDIA GPU; --device cpu runs without")
+    if options.device == "cpu":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            sys.exit("--device cpu needs TRITON_INTERPRET=1")
+        interpret()
     failed = False
     for dtype in options.dtype:
-        error, changed = compare(options, dtype)
+        error, (theirs, ours), changed = compare(options, dtype)
         good = error < LIMITS[dtype] and not changed
         failed |= not good
         print(
-            f"{'ok' if good else 'FAIL':4} {dtype}: logits off by {error:.1e} "
-            f"(limit {LIMITS[dtype]:.0e}), {len(changed)} tensors changed by the round "
-            f"trip{''.join(f' {x}' for x in changed)}",
+            f"{'ok' if good else 'FAIL':4} {dtype}, T {options.length}: logits differ "
+            f"by {error:.1e} (limit {LIMITS[dtype]:.0e}); from float32, theirs by "
+            f"{theirs:.1e} and ours by {ours:.1e}; {len(changed)} tensors changed by "
+            f"the round trip{''.join(f' {x}' for x in changed)}",
             flush=True,
         )
     return failed

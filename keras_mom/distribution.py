@@ -19,14 +19,26 @@ _AXES = {
     ),
 }
 
+# The same of the other layers in the blocks of `keras_mom.models.MoMBackbone`.
+_BLOCK_AXES = {
+    r"attention/(query|key|value)/(kernel|lora_kernel_b)": (None, "heads"),
+    r"attention/output/(kernel|lora_kernel_a)": ("heads", None),
+    r"feed_forward/(.*/)?(experts_)?(gate|up)/(kernel|lora_kernel_b)": (None, "heads"),
+    r"feed_forward/(.*/)?(experts_)?down/(kernel|lora_kernel_a)": ("heads", None),
+}
 
-def layout_map(device_mesh, *, model_axis="model", layer_names=r"mo_m_layer(_\d+)?"):
+
+def layout_map(
+    device_mesh, *, model_axis="model", layer_names=r"mo_m_layer(_\d+)?|mom"
+):
     """Layouts of the weights of `keras_mom.MoMLayer`, for model parallelism.
 
     Projections, short convolutions, what an update rule has for each head, and the
     memories of stateful layers are sharded by heads, projections of each memory by
-    memories and heads; the router and all else is whole on each device. Others'
-    layouts can be added to the map that is returned:
+    memories and heads; the router and all else is whole on each device. In the blocks
+    of `keras_mom.models.MoMBackbone`, attention is sharded by heads too, and
+    feed-forward networks by their inner width; the embedding is whole. Others' layouts
+    can be added to the map that is returned:
 
         mesh = keras.distribution.DeviceMesh((2, 4), ["batch", "model"], devices)
         layouts = keras_mom.distribution.layout_map(mesh)
@@ -44,7 +56,8 @@ def layout_map(device_mesh, *, model_axis="model", layer_names=r"mo_m_layer(_\d+
         device_mesh: `keras.distribution.DeviceMesh`.
         model_axis: the axis of the mesh to shard over.
         layer_names: regular expression of the whole names of the layers. The default
-            is what Keras calls layers that are given no name.
+            is what Keras calls layers that are given no name, and what they are called
+            in a `MoMBackbone`.
 
     Returns:
         `keras.distribution.LayoutMap`.
@@ -72,7 +85,8 @@ def layout_map(device_mesh, *, model_axis="model", layer_names=r"mo_m_layer(_\d+
             f"Received: {layer_names!r} ({error})"
         ) from error
     layouts = keras.distribution.LayoutMap(device_mesh)
-    for path, axes in _AXES.items():
-        axes = tuple(model_axis if axis == "heads" else axis for axis in axes)
-        layouts[f"(.*/)?({layer_names})/{path}"] = axes
+    for prefix, paths in ((layer_names, _AXES), (r"block_\d+", _BLOCK_AXES)):
+        for path, axes in paths.items():
+            axes = tuple(model_axis if axis == "heads" else axis for axis in axes)
+            layouts[f"(.*/)?({prefix})/{path}"] = axes
     return layouts

@@ -8,6 +8,7 @@ import keras_hub
 import numpy as np
 from keras_hub.src.tests.test_case import TestCase
 
+import keras_mom
 from keras_mom.models import MoMBackbone, MoMCausalLM
 
 SIZES = {
@@ -59,7 +60,12 @@ class ConformanceTest(TestCase):
     def test_presets(self):
         backbone = MoMBackbone(**SIZES)
         folder = os.path.join(self.get_temp_dir(), "preset")
-        MoMCausalLM(backbone).save_to_preset(folder)
+        tokenizer = keras_mom.models.ByteTokenizer()
+        MoMCausalLM(backbone, tokenizer).save_to_preset(folder)
+        loaded = MoMCausalLM.from_preset(folder)
+        self.assertIsInstance(loaded.preprocessor, keras_mom.models.ByteTokenizer)
+        loaded.preprocessor = None
+        loaded.save_to_preset(folder)
         data = {name: np.ones((2, 5), "int32") for name in backbone.input}
         expected = backbone(data)
         loaded = keras_hub.models.Backbone.from_preset(folder)

@@ -154,3 +154,14 @@ def test_bad_calls():
         layer.get_initial_cache(2)
     with pytest.raises(ValueError, match="`mask` must have shape"):
         layer(tokens(2, 4, WIDTH), mask=np.ones((2, 3), bool))
+
+
+def test_a_cache_without_room():
+    layer = make()
+    counts = {
+        name: ops.zeros((1,), "int32")
+        for name in ("position", "document_start", "segment_id")
+    }
+    where, _, _ = places(counts, np.zeros((1, 4), "int32"), None, None)
+    with pytest.raises(ValueError, match="no room.*4 tokens, max_length=3"):
+        layer.call_with_cache(tokens(1, 4, WIDTH), layer.get_initial_cache(1, 3), where)

@@ -87,3 +87,29 @@ def test_bad_arguments():
     for wrong in ("(", None):
         with pytest.raises(ValueError, match="`layer_names` must be a regular"):
             layout_map(make_mesh(), layer_names=wrong)
+
+
+def test_blocks_of_a_model_are_sharded():
+    layouts = layout_map(make_mesh())
+    backbone = keras_mom.models.MoMBackbone(
+        13, 2, 10, HEADS, 4, attention_layers=[1], num_experts=3, shared_expert=True
+    )
+    found = {x.path: layouts[x.path] for x in backbone.weights}
+    sharded = {path: x.axes for path, x in found.items() if x is not None}
+    for path, axes in {
+        "block_0/mom/value/kernel": (None, "model"),
+        "block_0/mom/gated_delta_net/decay/kernel": (None, "model"),
+        "block_0/mom/output/kernel": ("model", None),
+        "block_1/attention/key/kernel": (None, "model"),
+        "block_1/attention/output/kernel": ("model", None),
+        "block_1/feed_forward/experts_up/kernel": (None, "model"),
+        "block_1/feed_forward/experts_down/kernel": ("model", None),
+        "block_1/feed_forward/shared_expert/gate/kernel": (None, "model"),
+        "block_1/feed_forward/shared_expert/down/kernel": ("model", None),
+    }.items():
+        assert sharded.pop(path) == axes
+    assert not any(
+        word in path for path in sharded for word in ("norm", "router", "embedding")
+    )
+    whole = {path for path, x in found.items() if x is None}
+    assert not any("kernel" in path for path in whole if "router" not in path)

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from keras_mom.models import hub
+
 
 @pytest.mark.skipif(
     importlib.util.find_spec("keras_hub") is None, reason="KerasHub is not installed"
@@ -24,3 +26,13 @@ def test_conformance():
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "3 passed" in result.stdout
+
+
+def test_a_broken_installation_is_as_none(monkeypatch):
+    def fail(name):
+        raise RuntimeError("a library of it is too old")
+
+    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(hub.importlib, "import_module", fail)
+    with pytest.warns(UserWarning, match="cannot be imported.*is too old"):
+        assert hub._installed() is None

@@ -10,6 +10,7 @@ from keras import ops
 
 import keras_mom
 from keras_mom.models import (
+    ByteTokenizer,
     CausalAttention,
     GatedMLP,
     MixtureOfExperts,
@@ -182,6 +183,7 @@ def test_attention_layers(given, indices):
 # What is saved and loaded.
 
 
+@pytest.mark.filterwarnings("error:Skipping variable loading")
 def test_configs_and_files(lm, tmp_path):
     config = lm.get_config()
     assert MoMCausalLM.from_config(config).get_config() == config
@@ -201,6 +203,8 @@ def test_a_rule_with_arguments_is_saved():
     again = MoMBackbone.from_config(json.loads(json.dumps(backbone.get_config())))
     assert again.get_config() == backbone.get_config()
     assert again.dtype_policy.name == "mixed_bfloat16"
+    logits = again.token_embedding(ops.zeros((1, 1, WIDTH), "bfloat16"), reverse=True)
+    assert keras.backend.standardize_dtype(logits.dtype) == "bfloat16"
     first, second = (block.mixer.update_rule for block in again.blocks)
     assert first is not second and type(first) is type(rule)
 
@@ -210,12 +214,16 @@ def test_presets(lm, tmp_path):
         for actual, expected in zip(loaded.weights, lm.weights, strict=True):
             assert_close(to_numpy(actual), to_numpy(expected), rounding)
 
+    lm.preprocessor = ByteTokenizer()
     lm.save_to_preset(tmp_path)
+    lm.preprocessor = None
     written = {path.name for path in tmp_path.iterdir()}
     assert written == {"config.json", "metadata.json", "model.weights.h5", "task.json"}
     loaded = MoMCausalLM.from_preset(tmp_path)
     assert loaded.backbone.get_config() == lm.backbone.get_config()
     assert_same_weights(loaded)
+    assert isinstance(loaded.preprocessor, ByteTokenizer)
+    assert MoMCausalLM.from_preset(tmp_path, preprocessor=None).preprocessor is None
     backbone = MoMBackbone.from_preset(str(tmp_path), dtype="bfloat16")
     assert backbone.token_embedding.embeddings.dtype == "bfloat16"
     assert_same_weights(backbone, 1e-2)
@@ -262,9 +270,15 @@ def test_lora_and_quantization_survive_a_file(tmp_path):
     assert {
         x.path for x in loaded._flatten_layers() if x.quantization_mode == "int8"
     } == names
+    model.save_to_preset(tmp_path / "folder")
+    merged = MoMBackbone.from_preset(tmp_path / "folder", lora_rank=None)
+    assert merged.lora_rank is None
     # Keras merges LoRA into the quantized kernel when it saves.
     ids = {name: inputs()[name] for name in model.backbone.input}
     assert_close(forward(loaded, ids), forward(model, ids), 0.1)
+    for one, other in zip(merged.blocks, loaded.backbone.blocks):
+        kernels = [to_numpy(x.mixer.query_projection._kernel) for x in (one, other)]
+        np.testing.assert_array_equal(*kernels)
 
 
 # Bad input.

@@ -17,11 +17,12 @@ Each module of this package offers the same names for one Keras backend:
 - `compiled(function)`: `function(options, *tensors)`, as one program where a call
   outside of a compiled function would compile every operation for itself. Options are
   hashable; tensors and results are tuples, named tuples and dicts of tensors and None;
-- `decoding_program(function, read, written, eager)`: `call(carry, inputs)`, one
-  compiled program of `function(carry, inputs)`, which returns a carry and outputs, all
-  nested structures of tensors. The carry given is used up: its memory serves the next.
-  `read()` lists the variables that the function reads, which it sees as they are at
-  each call, and `written` those that it writes. With `eager` nothing is compiled;
+- `decoding_program(function, read, written, jit_compile)`: `call(carry, inputs)`, one
+  program of `function(carry, inputs)`, which returns a carry and outputs, all nested
+  structures of tensors. The carry given is used up: its memory serves the next.
+  `read` are the variables that the function reads, which it sees as they are at each
+  call, and `written` those that it writes. `jit_compile` is True, False, or None
+  for what is usual: all but torch compile;
 - `gather_batch(inputs, index)`: `[B, R, E]` of the rows `index` int32 `[B, R]`, none
   of them negative, of each batch row of `[B, S, E]`;
 - `fill_batch(size, index, values)`: int32 `[B, size]`, in each batch row `values` at
@@ -34,7 +35,10 @@ Each module of this package offers the same names for one Keras backend:
 - `block_elements()`: how many elements an elementwise computation should take at a
   time, so that its intermediates stay in the cache; None to take all at once;
 - `unit_lower_inverse(strict)`: `(I + A)^-1` of strictly lower triangular matrices
-  `[..., C, C]`, by substitution; None where the framework's own is slow.
+  `[..., C, C]`, by substitution; None where the framework's own is slow. It may return
+  None where a call cannot have it;
+- `check_export(length)`: raises where a trace of a sequence of this length, made for
+  an export, would be wrong for other lengths without a word.
 """
 
 import keras
@@ -62,12 +66,14 @@ is_concrete = _implementation.is_concrete
 scan = _implementation.scan
 overwrites_variables = _implementation.overwrites_variables
 block_elements = _implementation.block_elements
+check_export = _implementation.check_export
 unit_lower_inverse = _implementation.unit_lower_inverse
 
 __all__ = [
     "Differentiable",
     "accelerator",
     "block_elements",
+    "check_export",
     "compiled",
     "decoding_program",
     "fill_batch",

@@ -60,19 +60,19 @@ def compiled(function):
     return jax.jit(function, static_argnums=0)
 
 
-def decoding_program(function, read, written, eager=False):
+def decoding_program(function, read, written, jit_compile=None):
     """See `keras_mom.backend`. The carry's buffers are donated."""
 
     def run(carry, values, states, inputs):
-        mapping = [*zip(read(), values), *zip(written, states)]
+        mapping = [*zip(read, values), *zip(written, states)]
         with keras.StatelessScope(mapping) as scope:
             carry, outputs = function(carry, inputs)
         return carry, outputs, [scope.get_current_value(v) for v in written]
 
-    compiled_run = run if eager else jax.jit(run, donate_argnums=0)
+    compiled_run = run if jit_compile is False else jax.jit(run, donate_argnums=0)
 
     def call(carry, inputs):
-        values = [variable.value for variable in read()]
+        values = [variable.value for variable in read]
         states = [variable.value for variable in written]
         carry, outputs, states = compiled_run(carry, values, states, inputs)
         for variable, value in zip(written, states):
@@ -114,6 +114,11 @@ def is_concrete(tensor):
 def overwrites_variables():
     """See `keras_mom.backend`. Compilers decide that here."""
     return False
+
+
+def check_export(length):
+    """See `keras_mom.backend`. Lengths stay unknown in an export here."""
+    del length
 
 
 def block_elements():

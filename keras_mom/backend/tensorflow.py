@@ -51,7 +51,7 @@ def compiled(function):
     return function
 
 
-def decoding_program(function, read, written, eager=False):
+def decoding_program(function, read, written, jit_compile=None):
     """See `keras_mom.backend`. TensorFlow reads variables where they are."""
     del read
 
@@ -65,7 +65,9 @@ def decoding_program(function, read, written, eager=False):
                 variable.assign(value)
         return carry, outputs
 
-    return call if eager else tf.function(call, jit_compile=True, autograph=False)
+    if jit_compile is False:
+        return call
+    return tf.function(call, jit_compile=True, autograph=False)
 
 
 def accelerator():
@@ -84,6 +86,11 @@ def is_concrete(tensor):
 def overwrites_variables():
     """See `keras_mom.backend`. Compilers decide that here."""
     return False
+
+
+def check_export(length):
+    """See `keras_mom.backend`. Lengths stay unknown in an export here."""
+    del length
 
 
 def block_elements():

@@ -132,9 +132,11 @@ def compiled(function):
     return function
 
 
-def decoding_program(function, read, written, eager=False):
-    """See `keras_mom.backend`. Nothing is compiled; memories are written in place."""
-    del read, written, eager
+def decoding_program(function, read, written, jit_compile=None):
+    """See `keras_mom.backend`. Memories are written in place where kernels can."""
+    del read, written
+    if jit_compile:
+        function = torch.compile(function, dynamic=False)
 
     def call(carry, inputs):
         with torch.no_grad():
@@ -166,6 +168,25 @@ def is_concrete(tensor):
 def overwrites_variables():
     """See `keras_mom.backend`: not what the gradient reads, nor a caller's tensors."""
     return not (torch.is_grad_enabled() or in_stateless_scope())
+
+
+def check_export(length):
+    """See `keras_mom.backend`."""
+    tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    if tracing and torch.onnx.is_in_onnx_export():
+        raise ValueError(
+            "A MoM layer is not exported to ONNX through TorchScript, whose trace "
+            "holds for the lengths of its example alone and would be wrong for "
+            "others. Keras goes that way where `input_signature` leaves a size open, "
+            "and where the exporter of `torch.export` has failed, which needs `onnx` "
+            "and `onnxscript`. Give every size, such as "
+            "input_signature=[keras.layers.InputSpec(shape=(1, 128, 64))]."
+        )
+    if torch.compiler.is_exporting() and isinstance(length, torch.SymInt):
+        raise ValueError(
+            "A MoM layer is exported by `torch.export` for one number of tokens, since "
+            "the loop over them is unrolled. Received: a dynamic number of tokens"
+        )
 
 
 def block_elements():

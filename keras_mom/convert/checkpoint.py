@@ -142,6 +142,7 @@ def write_checkpoint(folder, infos, read, config, max_file_bytes):
             f"`path` holds weights already: {', '.join(present)}. Give an empty "
             f"folder. Received: path={str(folder)!r}"
         )
+    _write_json(folder / CONFIG, config)
     shards, total, size = [[]], 0, 0
     for name, info in infos.items():
         count = int(np.prod(info.shape, dtype="int64")) * DTYPES[info.dtype].itemsize
@@ -163,7 +164,6 @@ def write_checkpoint(folder, infos, read, config, max_file_bytes):
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(folder / INDEX, index)
-    _write_json(folder / CONFIG, config)
 
 
 def read_json(file):

@@ -162,6 +162,8 @@ def _plan(model, dtype):
     infos, owners = {}, {}
     for part in parts_of(arguments, layout):
         own = part.dtype(backbone)
+        if dtype is None and own not in DTYPES:
+            raise ValueError(f"`dtype` must be given, since weights are {own}")
         for name in part.names:
             of_tensor = dtype or origin.dtypes.get(name, own)
             infos[name] = TensorInfo(None, part.shape, of_tensor)

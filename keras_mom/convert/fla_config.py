@@ -161,6 +161,7 @@ def from_backbone_arguments(arguments, layout):
             "rope_theta": float(arguments["rope_max_wavelength"]),
             "qkv_bias": False,
         }
+    expand = arguments["value_dim"] / arguments["key_dim"]
     return {
         "architectures": [LAYOUTS[layout].architecture],
         "model_type": layout,
@@ -169,7 +170,8 @@ def from_backbone_arguments(arguments, layout):
         "hidden_size": arguments["hidden_dim"],
         "num_heads": arguments["num_heads"],
         "head_dim": arguments["key_dim"],
-        "expand_v": arguments["value_dim"] / arguments["key_dim"],
+        # `mom_naive` takes sizes from it, which must be integers.
+        "expand_v": int(expand) if expand.is_integer() else expand,
         "intermediate_size": arguments["intermediate_dim"],
         "hidden_act": "swish",
         "tie_word_embeddings": arguments["tie_embeddings"],

@@ -351,6 +351,7 @@ class MoMLayer(StateMixin, ProjectionsMixin, keras.layers.Layer):
         """Returns output, new state (or None) and routing statistics."""
         inputs = ops.cast(ops.convert_to_tensor(inputs), self.compute_dtype)
         batch, length, _ = ops.shape(inputs)
+        backend.check_export(length)
         check_call(inputs, mask, segment_ids)
         state = self._first_state(initial_state, inputs)
         if mask is not None:

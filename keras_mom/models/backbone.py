@@ -1,5 +1,7 @@
 """The stack of blocks of a language model."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -8,9 +10,11 @@ from keras_mom.checks import check_positive
 from keras_mom.initializers import Scaled
 from keras_mom.layers.mom_layer import MoMLayer
 from keras_mom.models import hub, presets
+from keras_mom.models.adaptation import AdaptationMixin
 from keras_mom.models.cache import places
 from keras_mom.models.causal_attention import CausalAttention
 from keras_mom.models.decoder_block import MoMDecoderBlock
+from keras_mom.models.exporting import ExportMixin
 from keras_mom.models.gated_mlp import GatedMLP
 from keras_mom.models.mixture_of_experts import MixtureOfExperts
 
@@ -19,7 +23,7 @@ _STDDEV = 0.02
 
 
 @keras.saving.register_keras_serializable("keras_mom")
-class MoMBackbone(hub.Backbone):
+class MoMBackbone(AdaptationMixin, ExportMixin, hub.Backbone):
     """A language model's token embedding, blocks of MoM layers, and final norm.
 
     A functional model. Each block is a pre-norm `keras_mom.MoMLayer`, or causal
@@ -98,7 +102,7 @@ class MoMBackbone(hub.Backbone):
         *,
         value_dim=None,
         intermediate_dim=None,
-        attention_layers=(),
+        attention_layers: Any = (),
         num_attention_heads=None,
         num_key_value_heads=None,
         rope_max_wavelength=10000,
@@ -114,7 +118,7 @@ class MoMBackbone(hub.Backbone):
         num_memories=4,
         top_k=2,
         shared_memory=True,
-        update_rule="gated_delta_net",
+        update_rule: Any = "gated_delta_net",
         per_memory_projections=True,
         conv_width=4,
         use_output_gate=True,
@@ -147,14 +151,19 @@ class MoMBackbone(hub.Backbone):
         if kernel_initializer is None:
             kernel_initializer = keras.initializers.RandomNormal(stddev=_STDDEV)
         kernel_initializer = keras.initializers.get(kernel_initializer)
-        weights = dict(
+        weights: dict[str, Any] = dict(
             kernel_initializer=kernel_initializer,
             output_initializer=Scaled(kernel_initializer, (2 * num_layers) ** -0.5),
             kernel_regularizer=keras.regularizers.get(kernel_regularizer),
             kernel_constraint=keras.constraints.get(kernel_constraint),
             dtype=dtype,
         )
+        named = update_rule if isinstance(update_rule, str) else None
         update_rule = rules.serialize(rules.get(update_rule))
+        if named is not None:
+            # Not a name that counts the rules made so far: it is part of the paths of
+            # weights.
+            update_rule["config"]["name"] = named
 
         def mixer(index):
             if index in with_attention:
@@ -218,6 +227,8 @@ class MoMBackbone(hub.Backbone):
             hidden_dim,
             tie_weights=tie_embeddings,
             embeddings_initializer=keras.initializers.RandomNormal(stddev=_STDDEV),
+            # Keras would compute the scores of tokens in the dtype of the weights.
+            reverse_dtype=keras.dtype_policies.get(dtype).compute_dtype,
             dtype=dtype,
             name="token_embedding",
         )
@@ -238,7 +249,8 @@ class MoMBackbone(hub.Backbone):
                 x, mask=inputs["padding_mask"], segment_ids=inputs.get("segment_ids")
             )
         outputs = final_norm(x)
-        super().__init__(inputs=inputs, outputs=outputs, dtype=dtype, **kwargs)
+        model: dict[str, Any] = dict(inputs=inputs, outputs=outputs, dtype=dtype)
+        super().__init__(**model, **kwargs)
 
         self.token_embedding = token_embedding
         self.blocks = blocks
@@ -356,78 +368,6 @@ class MoMBackbone(hub.Backbone):
         cache = {**following, "layers": layers}
         return self.final_norm(x), cache
 
-    # LoRA and quantization.
-
-    def default_lora_layer_names(self):
-        """Names of the projections that get LoRA: of query and value."""
-        return ["query", "value"]
-
-    def enable_lora(self, rank, target_layer_names=None):
-        """Adds low-rank updates to projections, and freezes all else.
-
-        Args:
-            rank: rank of the updates.
-            target_layer_names: names of the layers to update, among `query`, `key`,
-                `value`, `gate`, `up`, `down` and `output`. Defaults to
-                `default_lora_layer_names()`.
-
-        Raises:
-            ValueError: if a name is that of no layer, or LoRA is enabled already.
-        """
-        check_positive("rank", rank)
-        names = target_layer_names or self.default_lora_layer_names()
-        layers = [x for x in self._flatten_layers(include_self=False) if x.weights]
-        targets = [
-            (index, layer)
-            for index, layer in enumerate(layers)
-            if layer.name in names
-            and hasattr(layer, "enable_lora")
-            # Those which are made of others leave it to them.
-            and len(layer._flatten_layers()) == 1
-        ]
-        unknown = set(names) - {layer.name for _, layer in targets}
-        if unknown:
-            raise ValueError(
-                "`target_layer_names` must be names of projections in the model. "
-                f"Received: {sorted(unknown)}"
-            )
-        self.trainable = True
-        for layer in layers:
-            layer.trainable = False
-        for _, layer in targets:
-            layer.trainable = True
-            layer.enable_lora(rank)
-        self.lora_rank, self.lora_layers = rank, list(names)
-        # What KerasHub's `save_lora_weights` reads.
-        self._lora_rank = rank
-        self._lora_enabled_layers = [index for index, _ in targets]
-
-    def quantize(self, mode=None, config=None, filters=None, **kwargs):
-        """Quantizes projections and embeddings; see `keras.Model.quantize`.
-
-        Without `filters`, routers and the update rules' own projections keep their
-        precision.
-        """
-        if filters is None:
-            filters = self.is_quantizable
-        super().quantize(mode, config=config, filters=filters, **kwargs)
-
-    def is_quantizable(self, layer):
-        """Whether `quantize` takes this layer, when it is given no other filter."""
-        kept = set()
-        for block in self.blocks:
-            rule = getattr(block.mixer, "update_rule", None)
-            routers = (
-                getattr(part, "router", None)
-                for part in (block.mixer, block.feed_forward)
-            )
-            for part in (rule, *routers):
-                if part is not None:
-                    kept.update(id(x) for x in part._flatten_layers())
-        return id(layer) not in kept and isinstance(
-            layer, keras.layers.Dense | keras.layers.Embedding
-        )
-
     # Keras' protocols.
 
     @classmethod
@@ -456,22 +396,8 @@ class MoMBackbone(hub.Backbone):
             "lora_layers": self.lora_layers,
             "name": self.name,
             "trainable": self.trainable,
-            "dtype": keras.dtype_policies.serialize(self._policies()),
+            "dtype": keras.dtype_policies.serialize(self._quantized_policy()),
         }
-
-    def _policies(self):
-        """The dtype policy, with those of the quantized layers."""
-        policy = self.dtype_policy
-        if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
-            return policy
-        quantized = {
-            layer.path: layer.dtype_policy
-            for layer in self._flatten_layers(include_self=False)
-            if layer.quantization_mode is not None
-        }
-        if not quantized:
-            return policy
-        return keras.dtype_policies.DTypePolicyMap(policy.name, quantized)
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
@@ -484,11 +410,12 @@ class MoMBackbone(hub.Backbone):
 
 def _attention_indices(attention_layers, num_layers):
     """The indices of blocks with attention, from a list or from n for every n-th."""
+    given: Any = attention_layers
     if isinstance(attention_layers, int) and not isinstance(attention_layers, bool):
         check_positive("attention_layers", attention_layers)
         return set(range(attention_layers - 1, num_layers, attention_layers))
     try:
-        indices = [int(index) for index in attention_layers]
+        indices = [int(index) for index in given]
     except (TypeError, ValueError):
         indices = None
     if indices is None or not all(0 <= index < num_layers for index in indices):

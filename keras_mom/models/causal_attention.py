@@ -247,10 +247,17 @@ class CausalAttention(ProjectionsMixin, keras.layers.Layer):
 
         Returns:
             Output `[B, T, D]` and the new cache. The one given is not changed.
+
+        Raises:
+            ValueError: if a row has more valid tokens than the cache has room for.
+                In compiled functions and on accelerators, where values cannot be
+                read, only the last `max_length` tokens are seen then.
         """
         inputs = ops.cast(inputs, self.compute_dtype)
         query, key, value = self._project(inputs, places.position)
         slots = cache[0].shape[1]
+        if slots != self.sliding_window:
+            _check_room(places, slots)
         # Earlier tokens, from the cache as it came: this call may overwrite them.
         held = slot_positions(places.start, slots)
         first = at_least(places.document_start, 0)
@@ -273,12 +280,12 @@ class CausalAttention(ProjectionsMixin, keras.layers.Layer):
         batch, length, _, _ = ops.shape(query)
         shape = (batch, length, self.num_key_value_heads, -1, self.head_dim)
         query = ops.reshape(query, shape)
-        scale = self.head_dim**-0.5
+        # Scores of 16 bits would be too coarse for the exponential.
+        query = ops.cast(query, "float32") * self.head_dim**-0.5
         scores = [
             hide(
                 shown[:, None, None],
-                ops.cast(ops.einsum("bthgk,bshk->bhgts", query, key), "float32")
-                * scale,
+                ops.einsum("bthgk,bshk->bhgts", query, ops.cast(key, "float32")),
             )
             for key, shown in zip(keys, visible)
         ]
@@ -335,6 +342,18 @@ def _rotate(x, turn):
     first, second = ops.split(ops.cast(x, "float32"), 2, axis=-1)
     rotated = (first * cosine - second * sine, second * cosine + first * sine)
     return ops.cast(ops.concatenate(rotated, axis=-1), x.dtype)
+
+
+def _check_room(places, slots):
+    if places.document is not None or not backend.is_concrete(places.end):
+        return
+    longest = int(ops.max(places.end - places.document_start))
+    if longest > slots:
+        raise ValueError(
+            "`cache` has no room: a row may have as many valid tokens as the "
+            "`max_length` that the cache was made with. "
+            f"Received: {longest} tokens, max_length={slots}"
+        )
 
 
 def _single(new, cache, places, slots):

@@ -1,15 +1,18 @@
 """A language model that predicts the next token."""
 
+from typing import Any
+
 import keras
 
 from keras_mom.models import hub, presets
 from keras_mom.models.backbone import MoMBackbone
+from keras_mom.models.exporting import ExportMixin
 from keras_mom.models.generation import GenerationMixin
 from keras_mom.models.training import TrainingMixin
 
 
 @keras.saving.register_keras_serializable("keras_mom")
-class MoMCausalLM(GenerationMixin, TrainingMixin, hub.CausalLM):
+class MoMCausalLM(ExportMixin, GenerationMixin, TrainingMixin, hub.CausalLM):
     """A `MoMBackbone` and the scores of every token's successor.
 
     Args:
@@ -40,7 +43,8 @@ class MoMCausalLM(GenerationMixin, TrainingMixin, hub.CausalLM):
         inputs = backbone.input
         hidden = backbone(inputs)
         logits = backbone.token_embedding(hidden, reverse=True)
-        super().__init__(inputs=inputs, outputs=logits, compile=False, **kwargs)
+        model: dict[str, Any] = dict(inputs=inputs, outputs=logits, compile=False)
+        super().__init__(**model, **kwargs)
         self.backbone = backbone
         self.preprocessor = preprocessor
         self.dtype_policy = backbone.dtype_policy
@@ -91,6 +95,20 @@ class MoMCausalLM(GenerationMixin, TrainingMixin, hub.CausalLM):
             if name in kwargs
         }
         return cls(cls.backbone_cls(**{**config, **kwargs}), **own)
+
+    def save_to_preset(self, preset_dir, max_shard_size=10):
+        """Writes the language model to a folder, for `from_preset`.
+
+        Args:
+            preset_dir: path of the folder.
+            max_shard_size: the largest size in GB of a file of weights, or None.
+        """
+        preprocessor = self.preprocessor
+        if preprocessor is None or isinstance(preprocessor, keras.layers.Layer):
+            super().save_to_preset(preset_dir, max_shard_size=max_shard_size)
+        else:
+            # KerasHub knows preprocessors that are layers.
+            presets.save_task(self, preset_dir, max_shard_size)
 
     def get_config(self):
         serialize = keras.saving.serialize_keras_object

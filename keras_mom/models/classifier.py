@@ -3,6 +3,7 @@
 import keras
 
 from keras_mom.checks import check_positive
+from keras_mom.models.exporting import SequenceModel
 from keras_mom.models.masking import MaskedPooling, check_pooling
 from keras_mom.models.sequence_blocks import Blocks, sequence_source
 
@@ -98,4 +99,4 @@ def mom_classifier(
         num_classes, activation, dtype=blocks.output_dtype, name="classes"
     )
     outputs = classes(pool(hidden, mask=source.mask))
-    return keras.Model(source.inputs, outputs, name=name)
+    return SequenceModel(source.inputs, outputs, name=name)

@@ -220,6 +220,16 @@ class MoMDecoderBlock(keras.layers.Layer):
     def compute_output_spec(self, inputs, mask=None, segment_ids=None, training=None):
         return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
 
+    def save_own_variables(self, store):
+        # Keras leaves the state of random numbers out of its files; training that is
+        # taken up from one would draw other dropout than training that went on.
+        if self.seed_generator is not None:
+            store["seed_state"] = ops.convert_to_numpy(self.seed_generator.state)
+
+    def load_own_variables(self, store):
+        if self.seed_generator is not None and "seed_state" in store.keys():
+            self.seed_generator.state.assign(store["seed_state"])
+
     def get_config(self):
         serialize = keras.saving.serialize_keras_object
         return {

@@ -5,6 +5,7 @@ a batch size, not for a length: text grows outside of it. Programs are kept besi
 model, not in it, so that a model is saved and copied without them.
 """
 
+import functools
 import weakref
 
 import keras
@@ -27,7 +28,7 @@ _MOST_PROGRAMS = 32
 _SMALLEST_PIECE = 16
 
 
-def program(lm, key, make, written=()):
+def program(lm, key, make, written=(), jit_compile=None):
     """The program `key` of a model, compiled at its first call.
 
     Args:
@@ -36,25 +37,28 @@ def program(lm, key, make, written=()):
         make: takes a function that returns the model; returns a function of
             `(cache, inputs)` that returns `(cache, outputs)`.
         written: variables that it writes.
+        jit_compile: as of `backend.decoding_program`.
     """
+    if getattr(lm, "run_eagerly", False):
+        jit_compile = False
     made_for = (
         config.get_implementation(),
-        bool(getattr(lm, "run_eagerly", False)),
         tuple((id(v), tuple(v.shape), str(v.dtype)) for v in lm.weights),
     )
     # Other variables (LoRA, quantization) need other programs; other values do not.
     if _PROGRAMS.get(lm, (None,))[0] != made_for:
         _PROGRAMS[lm] = (made_for, {})
     programs = _PROGRAMS[lm][1]
+    key = (key, jit_compile)
     if key not in programs:
         if len(programs) == _MOST_PROGRAMS:
             del programs[next(iter(programs))]
         reference = weakref.ref(lm)
         programs[key] = backend.decoding_program(
             make(reference),
-            lambda: reference().weights,
+            tuple(lm.weights),
             tuple(written),
-            eager=made_for[1],
+            jit_compile,
         )
     return programs[key]
 
@@ -134,7 +138,13 @@ def tokens(lm, sampler, task, cache, block):
 
     It holds `NO_TOKEN` where a row has ended.
     """
-    run = program(lm, key_of("step", sampler), _make_step(sampler), sampler.variables)
+    run = program(
+        lm,
+        key_of("step", sampler),
+        _make_step(sampler),
+        sampler.variables,
+        _jit_compile(lm),
+    )
     state, records = task.state, []
     steps = int(task.room.max())
     for step in range(1, steps + 1):
@@ -181,7 +191,8 @@ def beams(lm, sampler, task, cache):
     width, batch = sampler.num_beams, len(task.rows)
     cache = keras.tree.map_structure(lambda x: ops.repeat(x, width, axis=0), cache)
     key = key_of("beam", sampler)
-    run = program(lm, key, lambda lm: _make_beam_step(lm, sampler))
+    make = functools.partial(_make_beam_step, sampler=sampler)
+    run = program(lm, key, make, jit_compile=_jit_compile(lm))
     state = {
         "token": ops.repeat(task.state["token"], width, axis=0),
         "done": ops.repeat(task.state["done"][:, None], width, axis=1),
@@ -202,7 +213,7 @@ def beams(lm, sampler, task, cache):
     for parent, token in zip(reversed(parents), reversed(found)):
         path.append(token[row, beam])
         beam = parent[row, beam]
-    return split_rows(np.stack(path[::-1]) if path else np.zeros((0, batch), "int32"))
+    return split_rows(np.stack(path[::-1]))
 
 
 def _make_beam_step(lm, sampler):
@@ -233,6 +244,14 @@ def _make_beam_step(lm, sampler):
         return cache, (state, (parent, record))
 
     return function
+
+
+def _jit_compile(lm):
+    """Whether a step is to be compiled even where that is not usual.
+
+    Not so a prompt's pieces: torch takes long to compile, and gains little by it.
+    """
+    return True if getattr(lm, "jit_compile", False) is True else None
 
 
 def split_rows(records):

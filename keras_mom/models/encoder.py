@@ -3,6 +3,7 @@
 import keras
 
 from keras_mom.checks import check_positive
+from keras_mom.models.exporting import SequenceModel
 from keras_mom.models.masking import MaskedOutput
 from keras_mom.models.sequence_blocks import Blocks, sequence_source
 
@@ -110,4 +111,4 @@ def mom_encoder(
         policy = blocks.dtype if num_classes is None else blocks.output_dtype
         masked = MaskedOutput(dtype=policy, name="masked")
         outputs = masked((outputs, source.mask))
-    return keras.Model(source.inputs, outputs, name=name)
+    return SequenceModel(source.inputs, outputs, name=name)

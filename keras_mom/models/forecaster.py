@@ -3,6 +3,7 @@
 import keras
 
 from keras_mom.checks import check_positive
+from keras_mom.models.exporting import ForecastModel
 from keras_mom.models.quantile_loss import check_quantiles
 from keras_mom.models.sequence_blocks import Blocks, padding_mask_input
 from keras_mom.models.window_layers import (
@@ -126,4 +127,4 @@ def mom_forecaster(
         num_series, horizon, count, dtype=blocks.output_dtype, name="forecast"
     )
     outputs = head((x, *scales)) if scales else head(x)
-    return keras.Model(values if len(inputs) == 1 else inputs, outputs, name=name)
+    return ForecastModel(values if len(inputs) == 1 else inputs, outputs, name=name)

@@ -47,9 +47,16 @@ class GenerationMixin:
         # Behind it, because KerasHub has a default of its own.
         self.sampler = sampler
 
+    def preprocess_samples(self, x, y=None, sample_weight=None):
+        """KerasHub's hook in `fit` and `predict`: token ids are taken as they are."""
+        if not prompts.are_texts(x):
+            return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
+        return super().preprocess_samples(  # pyright: ignore[reportAttributeAccessIssue]
+            x, y=y, sample_weight=sample_weight
+        )
+
     def get_compile_config(self):
-        # pyright: ignore[reportAttributeAccessIssue]
-        config = super().get_compile_config()
+        config = super().get_compile_config()  # pyright: ignore
         if config is not None and self._sampler is not None:
             config["sampler"] = samplers.serialize(self._sampler)
         return config
@@ -108,7 +115,9 @@ class GenerationMixin:
         given, chosen, task = self._prepare(
             prompts, max_length, sampler, stop_token_ids, seed, prefill_length
         )
-        if _has_own_loop(chosen):
+        if not given.room.any():
+            new = [np.zeros((0,), "int32") for _ in given.rows]
+        elif _has_own_loop(chosen):
             new = self._run_loop_of(chosen, given, task)
         else:
             cache = self._read_prompts(given, prefill_length)
@@ -116,8 +125,7 @@ class GenerationMixin:
                 new = decoding.beams(self, chosen, task, cache)
             else:
                 records = decoding.tokens(self, chosen, task, cache, _BLOCK)
-                empty = np.zeros((0, len(given.rows)), "int32")
-                new = decoding.split_rows(np.concatenate([empty, *records]))
+                new = decoding.split_rows(np.concatenate(list(records)))
         return given.restore(new, strip_prompt)
 
     def stream(
@@ -154,6 +162,8 @@ class GenerationMixin:
         return self._steps(given, chosen, task, prefill_length)
 
     def _steps(self, given, sampler, task, prefill_length):
+        if not given.room.any():
+            return
         cache = self._read_prompts(given, prefill_length)
         steps = decoding.tokens(self, sampler, task, cache, block=1)
         del cache
@@ -218,6 +228,14 @@ class GenerationMixin:
         pad_token_id = 0 if pad_token_id is None else int(pad_token_id)
         stops = _stop_token_ids(stop_token_ids, preprocessor)
         given = prompts.read(given, max_length, pad_token_id, preprocessor)
+        size = self.backbone.token_embedding.input_dim
+        for row in given.rows:
+            # Backends differ in what they do about it.
+            if row.min() < 0 or row.max() >= size:
+                raise ValueError(
+                    f"`prompts` must hold token ids from 0 to {size - 1}, the model's "
+                    f"vocabulary. Received: ids from {row.min()} to {row.max()}"
+                )
         if seed is None:
             seed = chosen.seed
         elif isinstance(chosen, samplers.KerasHubSampler):

@@ -45,8 +45,8 @@ class MaskedPooling(keras.layers.Layer):
             mask = ops.logical_and(mask, index == ops.max(index, 1, keepdims=True))
         if self.mode == "max":
             valid = ops.any(mask, axis=1)
-            lowest = float(ops.finfo(self.compute_dtype).min)
-            highest = ops.max(select(mask[..., None], inputs, lowest), axis=1)
+            values = select(mask[..., None], inputs, float("-inf"))
+            highest = ops.max(values, axis=1)
             return select(valid[:, None], highest, 0)
         values = ops.cast(select(mask[..., None], inputs, 0), "float32")
         count = ops.sum(ops.cast(mask, "float32"), axis=1, keepdims=True)

@@ -31,7 +31,7 @@ _PAPER = dict(
 
 PRESETS = {
     "mom_340m": {
-        "description": "The paper's smaller model: 340M parameters active at a token.",
+        "description": "The paper's smaller model, which it calls 340M.",
         "config": {
             **_PAPER,
             "hidden_dim": 1024,
@@ -40,7 +40,7 @@ PRESETS = {
         },
     },
     "mom_1.3b": {
-        "description": "The paper's larger model: 1.3B parameters active at a token.",
+        "description": "The paper's larger model, which it calls 1.3B; heads of 256.",
         "config": {
             **_PAPER,
             "hidden_dim": 2048,

@@ -57,7 +57,7 @@ def read(prompts, max_length, pad_token_id, preprocessor):
         )
     if isinstance(prompts, dict):
         return _from_dict(prompts, max_length, pad_token_id)
-    if _are_texts(prompts):
+    if are_texts(prompts):
         return _from_texts(prompts, max_length, pad_token_id, preprocessor)
     if max_length is None:
         raise ValueError(
@@ -113,6 +113,9 @@ def _from_dict(prompts, max_length, pad_token_id):
             f"`padding_mask` and `segment_ids`. Received: {sorted(prompts)}"
         )
     given = {name: _integers(name, x) for name, x in prompts.items() if x is not None}
+    # KerasHub's preprocessors take a mask for indices unless it is of booleans.
+    mask_dtype = str(getattr(prompts.get("padding_mask"), "dtype", "int32"))
+    mask_dtype = "bool" if "bool" in mask_dtype else "int32"
     single = given["token_ids"].ndim == 1
     given = {name: np.atleast_2d(x) for name, x in given.items()}
     token_ids = given["token_ids"]
@@ -137,7 +140,7 @@ def _from_dict(prompts, max_length, pad_token_id):
     def restore(new, strip):
         result = {
             "token_ids": np.full((batch, max(length, width)), pad_token_id, "int32"),
-            "padding_mask": np.zeros((batch, max(length, width)), "int32"),
+            "padding_mask": np.zeros((batch, max(length, width)), mask_dtype),
         }
         if not strip:
             result["token_ids"][:, :width] = token_ids
@@ -190,7 +193,9 @@ def _from_texts(prompts, max_length, pad_token_id, preprocessor):
     read = _from_dict(packed, max_length, pad_token_id)
 
     def restore(new, strip):
-        result = preprocessor.generate_postprocess(read.restore(new, strip))
+        result = read.restore(new, strip)
+        result["padding_mask"] = result["padding_mask"].astype("bool")
+        result = preprocessor.generate_postprocess(result)
         result = [tokenizers._as_text(text) for text in result]
         return result[0] if single else result
 
@@ -239,15 +244,15 @@ def _integers(name, value):
     return array.astype("int32")
 
 
-def _are_texts(prompts):
+def are_texts(prompts):
     """Whether a prompt, or the first of several, is a string."""
     if isinstance(prompts, (str, bytes)):
         return True
     if isinstance(prompts, (list, tuple)):
         return bool(prompts) and isinstance(prompts[0], (str, bytes))
-    dtype = getattr(prompts, "dtype", None)
     if isinstance(prompts, np.ndarray):
-        return dtype.kind in "US" or (
-            dtype.kind == "O" and isinstance(prompts.flat[0], (str, bytes))
-        )
+        if prompts.dtype.kind == "O" and prompts.size:
+            return isinstance(prompts.flat[0], (str, bytes))
+        return prompts.dtype.kind in "US"
+    dtype = getattr(prompts, "dtype", None)
     return str(getattr(dtype, "name", dtype)) == "string"

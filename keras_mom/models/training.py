@@ -141,12 +141,18 @@ class TrainingMixin:
 
     def get_compile_config(self):
         config = super().get_compile_config()  # pyright: ignore
-        return {**config, **self._language.config} if config else config
+        if not config:
+            return config
+        built = self.optimizer is not None and self.optimizer.built
+        config = {**config, **self._language.config, "optimizer_is_built": built}
+        return _for_every_backend(config)
 
     def compile_from_config(self, config):
-        config = keras.saving.deserialize_keras_object(config)
+        config = keras.saving.deserialize_keras_object(_for_every_backend(config))
+        # The file holds no more of the optimizer of a model that was never trained.
+        was_built = config.pop("optimizer_is_built", True)
         self.compile(**config)
-        if self.optimizer is not None and self.built:
+        if self.optimizer is not None and self.built and was_built:
             self.optimizer.build(self.trainable_variables)
 
     @property
@@ -307,6 +313,20 @@ class _Scorer(keras.Model):
         losses, _ = self.lm._token_losses(hidden, labels)
         scores = ops.where(weights > 0, -losses, ops.zeros_like(losses))
         return pad(scores[:, :-1], 1, before=1)
+
+
+def _for_every_backend(config):
+    """A config that names Keras' optimizers by their public names.
+
+    On torch, Keras (3.15) writes the module of its own subclass of an optimizer, which
+    the other backends cannot, or must not, import.
+    """
+    if not isinstance(config, dict):
+        return config
+    config = {name: _for_every_backend(value) for name, value in config.items()}
+    if str(config.get("module")).startswith("keras.src.backend.torch.optimizers"):
+        config |= {"module": "keras.optimizers", "registered_name": None}
+    return config
 
 
 def _as_inputs(x):

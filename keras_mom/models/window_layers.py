@@ -191,33 +191,25 @@ class Forecast(keras.layers.Layer):
         self.built = True
 
     def call(self, inputs):
-        center = scale = None
-        if isinstance(inputs, (list, tuple)):
-            inputs, center, scale = inputs
-        raw = self.dense(inputs[:, -self.horizon :])
+        given = isinstance(inputs, (list, tuple))
+        hidden, *scales = inputs if given else (inputs,)
+        values = self._values(self.dense(hidden[:, -self.horizon :]))
+        if not scales:
+            return values
+        center, scale = scales
         if self.num_quantiles is None:
-            return raw if scale is None else raw * scale + center
+            return values * scale + center
+        return values * scale[..., None] + center[..., None]
+
+    def _values(self, raw):
+        """Quantiles, if any, from the Dense layer's outputs."""
+        if self.num_quantiles is None:
+            return raw
         shape = (self.horizon, self.num_series, self.num_quantiles)
         raw = ops.reshape(raw, (ops.shape(raw)[0], *shape))
         # The middle one, and the sums of the distances from it, up and down.
-        middle = self.num_quantiles // 2
-        distances = ops.softplus(raw[..., 1:])
-        sums = ops.matmul(distances, self._signs(middle))
-        values = raw[..., :1] + sums
-        if scale is None:
-            return values
-        return values * scale[..., None] + center[..., None]
-
-    def _signs(self, middle):
-        """`[Q - 1, Q]`: which distances lie between the middle and each quantile."""
-        quantile = np.arange(self.num_quantiles)
-        distance = np.arange(self.num_quantiles - 1)[:, None]
-        above = (distance >= middle) & (distance < quantile)
-        below = (distance < middle) & (distance >= quantile)
-        return ops.cast(
-            ops.convert_to_tensor((above * 1.0 - below).astype("float32")),
-            self.compute_dtype,
-        )
+        signs = ops.cast(_signs(self.num_quantiles), self.compute_dtype)
+        return raw[..., :1] + ops.matmul(ops.softplus(raw[..., 1:]), signs)
 
     def compute_output_shape(self, inputs_shape):
         if isinstance(inputs_shape[0], (list, tuple)):
@@ -233,3 +225,16 @@ class Forecast(keras.layers.Layer):
             "num_quantiles": self.num_quantiles,
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
         }
+
+
+def _signs(count):
+    """`[Q - 1, Q]`: which distances lie between the middle and each quantile.
+
+    1 for those above the middle, -1 for those below.
+    """
+    middle = count // 2
+    quantile = np.arange(count)
+    distance = np.arange(count - 1)[:, None]
+    above = (distance >= middle) & (distance < quantile)
+    below = (distance < middle) & (distance >= quantile)
+    return ops.convert_to_tensor(above * 1.0 - below, "float32")
