@@ -17,7 +17,6 @@ tasks of MAD (arXiv 2403.17844); `retrieval`, needles in a haystack and phone bo
 import argparse
 import hashlib
 import os
-import shutil
 import sys
 import time
 import warnings
@@ -27,11 +26,13 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np
+from recall_backup import Backup
 from recall_models import KINDS, WITHOUT_RULE, ModelSettings, build_model
 from recall_results import Results, hardware, plot, run_name, table
 from recall_settings import PRESETS
 
 import keras_mom
+from keras_mom.backend import accelerator
 
 # Added to a run's seed; training data have the seed itself.
 VALIDATION_SEED, TEST_SEED = 1_000_000, 2_000_000
@@ -144,9 +145,9 @@ def train(run, settings, task, preset, folder, arguments):
         ),
         weighted_metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
     )
-    backup = os.path.join(folder, "unfinished", run_name(run))
+    backup = Backup(os.path.join(folder, "unfinished", run_name(run)))
     callbacks = [
-        keras.callbacks.BackupAndRestore(backup),
+        backup,
         keras.callbacks.LambdaCallback(
             on_epoch_begin=lambda epoch, logs: batches.set_epoch(epoch)
         ),
@@ -255,7 +256,7 @@ def main():
     # The router of a single memory.
     warnings.filterwarnings("ignore", message="You are using a softmax over axis")
     preset = chosen_preset(arguments)
-    arguments.hardware = arguments.hardware or hardware(keras_mom.backend.accelerator())
+    arguments.hardware = arguments.hardware or hardware(accelerator())
     folder = arguments.out or f"recall_{arguments.preset}"
     results = Results(folder)
     runs = list_runs(preset)
@@ -267,7 +268,7 @@ def main():
             continue
         lines, backup = train(run, settings, task, preset, folder, arguments)
         results.add(run, lines)
-        shutil.rmtree(backup, ignore_errors=True)
+        backup.remove()
         for line in lines:
             print(f"    {line['test']:<24} accuracy {line['accuracy']:.3f}")
         print(f"    {lines[0]['seconds']:.0f} s", flush=True)
