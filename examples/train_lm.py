@@ -19,6 +19,7 @@ import os
 import pathlib
 import signal
 import sysconfig
+from typing import Any
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
@@ -32,7 +33,7 @@ SEPARATOR = b"\0"  # ends each file
 PROMPT = "class Reader:\n    def __init__(self, "
 
 # The feed-forward network is three times as wide as the model, as in the paper.
-SIZES = {
+SIZES: dict[str, Any] = {
     "100k": dict(num_layers=2, hidden_dim=64, num_heads=2, key_dim=16),
     "1M": dict(num_layers=3, hidden_dim=160, num_heads=2, key_dim=32),
     "10M": dict(num_layers=5, hidden_dim=384, num_heads=2, key_dim=64),

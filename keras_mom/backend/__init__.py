@@ -27,6 +27,8 @@ Each module of this package offers the same names for one Keras backend:
   of them negative, of each batch row of `[B, S, E]`;
 - `fill_batch(size, index, values)`: int32 `[B, size]`, in each batch row `values` at
   the places `index`, both int32 `[B, N]`, and -1 elsewhere; those at `size` go nowhere;
+- `add_product(total, left, right)`: `total + left @ right` of matrices, in the dtype of
+  `total`, whose memory may serve the result;
 - `full_precision()`: a context in which float32 products are float32 products;
 - `accelerator()`: the kind of accelerator in use, or None on a CPU;
 - `is_concrete(tensor)`: whether the values can be read without a device sync;
@@ -57,6 +59,7 @@ else:
 
 Differentiable = _implementation.Differentiable
 accelerator = _implementation.accelerator
+add_product = _implementation.add_product
 compiled = _implementation.compiled
 decoding_program = _implementation.decoding_program
 fill_batch = _implementation.fill_batch
@@ -72,6 +75,7 @@ unit_lower_inverse = _implementation.unit_lower_inverse
 __all__ = [
     "Differentiable",
     "accelerator",
+    "add_product",
     "block_elements",
     "check_export",
     "compiled",

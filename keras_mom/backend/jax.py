@@ -93,6 +93,11 @@ def fill_batch(size, index, values):
     return jax.vmap(lambda i, x: empty.at[i].set(x, mode="drop"))(index, values)
 
 
+def add_product(total, left, right):
+    """See `keras_mom.backend`."""
+    return total + jax.numpy.matmul(left, right).astype(total.dtype)
+
+
 def full_precision():
     """Context in which a float32 product is not rounded to TF32 or bfloat16."""
     return jax.default_matmul_precision("highest")

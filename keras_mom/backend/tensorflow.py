@@ -70,6 +70,11 @@ def decoding_program(function, read, written, jit_compile=None):
     return tf.function(call, jit_compile=True, autograph=False)
 
 
+def add_product(total, left, right):
+    """See `keras_mom.backend`."""
+    return total + tf.cast(tf.matmul(left, right), total.dtype)
+
+
 def accelerator():
     """`"gpu"` or `"tpu"`; None on a CPU."""
     for kind in ("GPU", "TPU"):

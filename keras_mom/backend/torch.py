@@ -145,6 +145,13 @@ def decoding_program(function, read, written, jit_compile=None):
     return call
 
 
+def add_product(total, left, right):
+    """See `keras_mom.backend`. In place: new sums would scatter over the heap."""
+    if left.dtype == total.dtype:
+        return total.addmm_(left, right)
+    return total.add_(left @ right)
+
+
 def full_precision():
     """Context in which a float32 product is not rounded; torch's default."""
     return contextlib.nullcontext()

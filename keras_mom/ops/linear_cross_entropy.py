@@ -37,7 +37,7 @@ def linear_cross_entropy(
         z_loss: weight of the squared logarithm of the softmax's denominator, which
             keeps logits from drifting (arXiv 2204.02311, section 5).
         chunk_size: number of tokens whose logits exist at once. By default as many as
-            have some millions of logits.
+            have some millions of logits, or D.
 
     Returns:
         float32 `[]`: the weighted mean over the tokens that count, 0 if none does.
@@ -112,7 +112,7 @@ def token_cross_entropy(
         hidden = ops.reshape(hidden, (1, batch * length, width))
         labels = ops.reshape(labels, (1, batch * length))
     rows = hidden.shape[0]
-    chunk = _chunk_length(rows, hidden.shape[1], kernel.shape[1], chunk_size)
+    chunk = _chunk_length(rows, hidden.shape[1], kernel.shape, chunk_size)
     options = _Options(chunk, float(label_smoothing), float(z_loss))
     losses, correct, _ = _CROSS_ENTROPY(options, hidden, kernel, labels)
     if flat:
@@ -158,12 +158,14 @@ def _check(hidden, kernel, labels, label_smoothing, z_loss, chunk_size):
         check_positive("chunk_size", chunk_size)
 
 
-def _chunk_length(rows, length, vocabulary, chunk_size):
+def _chunk_length(rows, length, kernel_shape, chunk_size):
     """Tokens of each row in a chunk; chunks of nearly equal length."""
     if chunk_size is None:
-        # Large enough for a matrix product, small beside the model.
+        # At least so many that a product takes longer than adding to the kernel's
+        # gradient; their logits take no more memory than that does, or little.
+        width, vocabulary = kernel_shape
         logits = 2**25 if backend.accelerator() else 2**21
-        chunk_size = max(64, logits // vocabulary)
+        chunk_size = max(64, width, logits // vocabulary)
     chunk = max(1, chunk_size // rows)
     if length is None:
         return chunk
@@ -254,10 +256,9 @@ def _backward(options, tensors, outputs, gradients):
         if smoothing:
             of_logits = of_logits - grad * (smoothing / vocabulary)
         of_logits = ops.cast(of_logits, dtype)
-        of_chunk = ops.matmul(ops.transpose(x), of_logits)
-        of_kernel = of_kernel + ops.cast(of_chunk, "float32")[None]
+        of_kernel = backend.add_product(of_kernel[0], ops.transpose(x), of_logits)
         of_hidden = ops.matmul(of_logits, transposed)
-        return of_kernel, (ops.cast(of_hidden, "float32")[None],)
+        return of_kernel[None], (ops.cast(of_hidden, "float32")[None],)
 
     of_kernel = ops.zeros((1, *kernel.shape), "float32")
     shape = (*chunks.shape, kernel.shape[0])

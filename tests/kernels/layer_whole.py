@@ -87,7 +87,8 @@ def main(sizes=(2, 12, 16, 2, 8), dtypes=("float32",), memories=4, top_k=2):
         segment_ids = torch.zeros((batch, length), dtype=torch.int32, device=DEVICE)
         segment_ids[:, length // 2 :] = 1
         masked = {"mask": mask, "segment_ids": segment_ids}
-        for options in (masked,) if memories > 4 else ({}, masked):
+        # The interpreter is slow; pieces go without a mask below.
+        for options in ({}, masked) if DEVICE == "cuda" else (masked,):
             call = layer, inputs, cotangent
             expected = outputs_and_gradients(*call, "portable", **options)
             actual = outputs_and_gradients(*call, "triton", **options)
