@@ -1,7 +1,7 @@
 """Reading how a model routes."""
 
 import contextlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from keras import ops
@@ -71,17 +71,26 @@ class RoutingProbe:
         self.model = model
         self.layers = mom_layers(model)
         self._names = []
-        self._program = backend.decoding_program(
-            self._read, lambda: self.model.variables, []
-        )
+        self._variables = []
+        self._program: Any = None
 
     def __call__(self, inputs):
         inputs = _tensors(inputs)
-        _, calls = self._program((), inputs)
+        _, calls = self._compiled(inputs)((), inputs)
         return [
             _as_arrays(name, call)
             for name, call in zip(self._names, calls, strict=True)
         ]
+
+    def _compiled(self, inputs):
+        """The program, made anew where the model has other variables than before."""
+        if not self.model.built:
+            self.model(inputs, training=False)
+        variables = self.model.variables
+        if self._program is None or [*map(id, variables)] != self._variables:
+            self._variables = [*map(id, variables)]
+            self._program = backend.decoding_program(self._read, variables, [])
+        return self._program
 
     def _read(self, carry, inputs):
         with _recorded(self.model, self.layers) as calls:
