@@ -89,6 +89,13 @@ def test_probe_reads_what_the_layers_do():
         np.testing.assert_array_equal(one.mask, mask)
 
 
+def test_layers_come_in_the_model_s_order():
+    backbone = keras_mom.models.MoMBackbone(8, 3, 8, 2, 4, attention_layers=[1])
+    lm = keras_mom.models.MoMCausalLM(backbone)
+    names = [layer.path for layer in visualization.mom_layers(lm)]
+    assert names == ["block_0/mom", "block_2/mom"]
+
+
 def test_monitor_in_training(model, ids, tmp_path):
     """Of a sample, and of the last batch, which is the sample here."""
     pytest.importorskip("matplotlib")

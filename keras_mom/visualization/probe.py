@@ -35,16 +35,22 @@ def mom_layers(model):
     Raises:
         ValueError: if there are none.
     """
-    layers = list(
-        layer
-        for layer in model._flatten_layers(include_self=True, recursive=True)
-        if isinstance(layer, MoMLayer)
-    )
+    layers = [layer for layer in _walk(model, set()) if isinstance(layer, MoMLayer)]
     if not layers:
         raise ValueError(
             f"`model` must have a `keras_mom.MoMLayer`. Received: {model!r}"
         )
     return layers
+
+
+def _walk(layer, seen):
+    """A layer and those in it, first to last; Keras' own walk goes backwards."""
+    if id(layer) in seen:
+        return
+    seen.add(id(layer))
+    yield layer
+    for inner in layer._layers:
+        yield from _walk(inner, seen)
 
 
 class RoutingProbe:
@@ -125,7 +131,7 @@ def _as_arrays(name, call):
 def _recorded(model, layers):
     """Yields a list to which each call adds its layer and its routing."""
     calls = []
-    every = list(model._flatten_layers(include_self=True, recursive=True))
+    every = list(_walk(model, set()))
     modes = [layer._remat_mode for layer in every]
     # What is computed in a rematerialized call cannot be handed out of it.
     for layer in every:
