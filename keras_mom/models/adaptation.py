@@ -7,6 +7,11 @@ import keras
 from keras_mom.checks import check_positive
 
 
+def forget_functions(model):
+    """Has a model traced anew, because its variables are others than before."""
+    model.train_function = model.test_function = model.predict_function = None
+
+
 class AdaptationMixin:
     """Methods that change how the projections of `MoMBackbone` are kept."""
 
@@ -58,6 +63,7 @@ class AdaptationMixin:
         # What KerasHub's `save_lora_weights` reads.
         self._lora_rank = rank
         self._lora_enabled_layers = [index for index, _ in targets]
+        forget_functions(self)
 
     def quantize(self, mode=None, config=None, filters=None, **kwargs):
         """Quantizes projections and embeddings; see `keras.Model.quantize`.

@@ -5,6 +5,7 @@ from typing import Any
 import keras
 
 from keras_mom.models import hub, presets
+from keras_mom.models.adaptation import forget_functions
 from keras_mom.models.backbone import MoMBackbone
 from keras_mom.models.exporting import ExportMixin
 from keras_mom.models.generation import GenerationMixin
@@ -69,6 +70,7 @@ class MoMCausalLM(ExportMixin, GenerationMixin, TrainingMixin, hub.CausalLM):
     def enable_lora(self, rank, target_layer_names=None):
         """See `MoMBackbone.enable_lora`."""
         self.backbone.enable_lora(rank, target_layer_names)
+        forget_functions(self)
 
     def quantize(self, mode=None, config=None, filters=None, **kwargs):
         """See `MoMBackbone.quantize`."""
