@@ -13,6 +13,7 @@ from keras_mom.layers.mixing import Sizes, Tokens, mix_sequence
 from keras_mom.layers.projections import ProjectionsMixin
 from keras_mom.layers.rematerialization import call_on_tensors
 from keras_mom.layers.router import Router
+from keras_mom.layers.routing_record import RoutingRecordMixin
 from keras_mom.layers.state import StateMixin
 from keras_mom.layers.token_mixing import mix_token
 from keras_mom.ops.constants import select
@@ -22,7 +23,7 @@ from keras_mom.rules.base import per_memory_dense
 
 
 @keras.saving.register_keras_serializable("keras_mom")
-class MoMLayer(StateMixin, ProjectionsMixin, keras.layers.Layer):
+class MoMLayer(StateMixin, ProjectionsMixin, RoutingRecordMixin, keras.layers.Layer):
     """Mixture-of-Memories: a causal sequence layer with several memory states.
 
     A router sends each token to its `top_k` of `num_memories` memories. Each memory
@@ -267,22 +268,7 @@ class MoMLayer(StateMixin, ProjectionsMixin, keras.layers.Layer):
         self.norm_scale = self.add_weight(
             shape=(self.value_dim,), initializer="ones", name="norm_scale"
         )
-        self.routing_share = self.add_weight(
-            shape=(self.num_memories,),
-            initializer="zeros",
-            dtype="float32",
-            trainable=False,
-            aggregation="mean",
-            name="routing_share",
-        )
-        self.router_entropy = self.add_weight(
-            shape=(),
-            initializer="zeros",
-            dtype="float32",
-            trainable=False,
-            aggregation="mean",
-            name="router_entropy",
-        )
+        self._create_record(self.num_memories)
         if self.stateful:
             self._create_states(batch)
         self.built = True
@@ -417,11 +403,7 @@ class MoMLayer(StateMixin, ProjectionsMixin, keras.layers.Layer):
 
     def _record(self, training, output, state, statistics):
         """Writes what a call leaves behind, and returns its outputs."""
-        if self.balance_loss_weight:
-            self.add_loss(self.balance_loss_weight * statistics.balance_loss)
-        if training:
-            self.routing_share.assign(ops.stop_gradient(statistics.share))
-            self.router_entropy.assign(ops.stop_gradient(statistics.entropy))
+        self._record_routing(training, statistics)
         if self.stateful:
             for variable, value in zip(self.states, state):
                 if value is not variable.value:
@@ -453,20 +435,6 @@ class MoMLayer(StateMixin, ProjectionsMixin, keras.layers.Layer):
         if mask is not None:
             weights = select(ops.cast(mask, "bool")[..., None], weights, 0.0)
         return weights, indices
-
-    @property
-    def routing_statistics(self):
-        """Routing in the last training batch, as NumPy values.
-
-        A dict: `share`, float32 `[M]`, each memory's share of the routed tokens, and
-        `entropy`, the mean entropy of the router's probabilities in nats. On JAX,
-        `model.fit` writes variables back at the end of an epoch; a callback reads
-        them earlier after `model.jax_state_sync()`.
-        """
-        return {
-            "share": ops.convert_to_numpy(self.routing_share),
-            "entropy": float(ops.convert_to_numpy(self.router_entropy)),
-        }
 
     # Keras' protocols.
 

@@ -11,13 +11,14 @@ from keras_mom.initializers import Blocks, clone_initializer
 from keras_mom.layers.projections import ProjectionsMixin
 from keras_mom.layers.rematerialization import call_on_tensors
 from keras_mom.layers.router import Router
+from keras_mom.layers.routing_record import RoutingRecordMixin
 from keras_mom.models.gated_mlp import GatedMLP
 from keras_mom.ops.constants import select
 from keras_mom.ops.routing import routing_statistics
 
 
 @keras.saving.register_keras_serializable("keras_mom")
-class MixtureOfExperts(ProjectionsMixin, keras.layers.Layer):
+class MixtureOfExperts(ProjectionsMixin, RoutingRecordMixin, keras.layers.Layer):
     """Gated feed-forward experts, a few of which a router picks for each token.
 
     `sum over chosen e of w_e (activation(x W_gate^e) * (x W_up^e)) W_down^e`, plus the
@@ -199,22 +200,7 @@ class MixtureOfExperts(ProjectionsMixin, keras.layers.Layer):
         if self.shared_expert is not None:
             self.shared_expert._loaded_projections = self._loaded_projections
             self.shared_expert.build(inputs_shape)
-        self.routing_share = self.add_weight(
-            shape=(self.num_experts,),
-            initializer="zeros",
-            dtype="float32",
-            trainable=False,
-            aggregation="mean",
-            name="routing_share",
-        )
-        self.router_entropy = self.add_weight(
-            shape=(),
-            initializer="zeros",
-            dtype="float32",
-            trainable=False,
-            aggregation="mean",
-            name="router_entropy",
-        )
+        self._create_record(self.num_experts)
         self.built = True
 
     def _set_lora(self, rank, alpha):
@@ -280,11 +266,7 @@ class MixtureOfExperts(ProjectionsMixin, keras.layers.Layer):
 
     def _record(self, training, output, statistics):
         """Writes what a call leaves behind, and returns its output."""
-        if self.balance_loss_weight:
-            self.add_loss(self.balance_loss_weight * statistics.balance_loss)
-        if training:
-            self.routing_share.assign(ops.stop_gradient(statistics.share))
-            self.router_entropy.assign(ops.stop_gradient(statistics.entropy))
+        self._record_routing(training, statistics)
         return output
 
     def route(self, inputs):
@@ -306,18 +288,6 @@ class MixtureOfExperts(ProjectionsMixin, keras.layers.Layer):
             self.build(inputs.shape)
         _, weights, indices = self._route(inputs)
         return weights, indices
-
-    @property
-    def routing_statistics(self):
-        """Routing in the last training batch, as NumPy values.
-
-        A dict: `share`, float32 `[E]`, each expert's share of the routed tokens, and
-        `entropy`, the mean entropy of the router's probabilities in nats.
-        """
-        return {
-            "share": ops.convert_to_numpy(self.routing_share),
-            "entropy": float(ops.convert_to_numpy(self.router_entropy)),
-        }
 
     def compute_output_shape(self, inputs_shape):
         return tuple(inputs_shape)
