@@ -1,11 +1,9 @@
 """Run by `test_jax_partitioning.py`: the Pallas kernels on eight devices of a CPU.
 
-Each device computes its batch rows and heads, and nothing is gathered. With the
-argument `gspmd` by XLA's older partitioner, in place of Shardy.
+Each device computes its batch rows and heads, and nothing is gathered.
 """
 
 import os
-import sys
 
 # What is compiled needs not be fast.
 os.environ["XLA_FLAGS"] = (
@@ -100,8 +98,6 @@ def check_step():
 
 
 if __name__ == "__main__":
-    if "gspmd" in sys.argv:
-        jax.config.update("jax_use_shardy_partitioner", False)
     check_scans()
     check_step()
     check_vmap()
