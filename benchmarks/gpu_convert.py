@@ -69,6 +69,25 @@ def interpret():
     keras_mom.config.set_implementation("portable")
 
 
+def take_first_configurations():
+    """Spares their tuning, minutes of compilation: the first that runs is taken."""
+    from triton.runtime.autotuner import Autotuner
+
+    tune = Autotuner._bench
+    tuned = {}
+
+    def try_once(self, *args, **options):
+        # Each call has its arguments in a dict of its own.
+        if tuned.get(id(self)) is self.nargs:
+            return [float("inf")] * 3
+        times = tune(self, *args, **options)
+        if times[0] < float("inf"):
+            tuned[id(self)] = self.nargs
+        return times
+
+    setattr(Autotuner, "_bench", try_once)  # noqa: B010
+
+
 def published_model(options, dtype):
     """Their model, with weights at which every part matters."""
     import torch
@@ -187,6 +206,8 @@ def main(arguments=None):
         if os.environ.get("TRITON_INTERPRET") != "1":
             sys.exit("--device cpu needs TRITON_INTERPRET=1")
         interpret()
+    else:
+        take_first_configurations()
     failed = False
     for dtype in options.dtype:
         error, (theirs, ours), changed = compare(options, dtype)

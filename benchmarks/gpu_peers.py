@@ -59,7 +59,8 @@ def rwkv_scan(shape):
         return None
     import os
 
-    os.environ.setdefault("KERNEL_TYPE", "triton")
+    # Its package does not import as a whole with "triton"; this module does.
+    os.environ.setdefault("KERNEL_TYPE", "native")
     from rwkv_ops.gdn_chunk.jax_triton_kernel import gated_delta_net_chunk
 
     def scan(query, key, value, log_decay, beta):
