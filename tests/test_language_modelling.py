@@ -175,7 +175,11 @@ if BACKEND == "torch":
             part, other = run("part", "mom")
         assert part == whole[:1]
         assert not list((other / "runs").iterdir())
-        taken_up, _ = run("part", "mom")
+        with monkeypatch.context() as patch:
+            patch.setattr(example, "measure", None)
+            with pytest.raises(TypeError):
+                run("part", "mom")
+        taken_up, _ = run("part", "mom")  # all but the tests is done
         assert taken_up == whole
         results = []
         for path in (folder, other):
@@ -185,6 +189,7 @@ if BACKEND == "torch":
         for x, y in zip(*results, strict=True):
             different = {name for name in x if x[name] != y[name]}
             assert different <= {"seconds", "bytes_per_second"}
+            assert float(x["router_entropy"]) > 0
         # Of the test text: a line of its own, and three for each of five lengths.
         assert len(results[0]) == 1 + 3 * 5
 

@@ -43,6 +43,8 @@ MEASURED = (
     "predicted",
     "bits_per_byte",
     "validation",
+    "router_entropy",
+    "largest_memory_share",
     "feed_forward",
     "parameters",
     "activated",
@@ -53,9 +55,9 @@ MEASURED = (
     "hardware",
 )
 _TITLES = {
-    "last": "Bits per byte of the same bytes, read in windows of",
-    "window": "Bits per byte of whole windows of",
-    "position": "Bits per byte at places of the longest windows up to",
+    "last": ("Bits per byte of the same bytes", "bytes in a window"),
+    "window": ("Bits per byte of whole windows", "bytes in a window"),
+    "position": ("Bits per byte by place in the longest windows", "up to byte"),
 }
 
 
@@ -116,7 +118,7 @@ def tables(rows):
     """Markdown tables: of the models, and of bits per byte against length."""
     chosen = best(rows)
     head = ["model", "activated", "parameters", "feed-forward", "rate", "seeds"]
-    head += ["bits per byte", "kB/s"]
+    head += ["bits per byte", "router entropy", "largest share", "kB/s"]
     lines = []
     for name, some in chosen.items():
         row = some[0]
@@ -131,6 +133,8 @@ def tables(rows):
                 f"{float(row['learning_rate']):.1e}",
                 str(len(bits)),
                 _cell(bits),
+                _mean(some, "router_entropy"),
+                _mean(some, "largest_memory_share"),
                 f"{statistics.median(speeds) / 1000:,.0f}",
             ]
         )
@@ -138,7 +142,7 @@ def tables(rows):
     seen = f"{int(row['steps']) * int(row['batch']) * int(row['length']):,}"
     title = f"Held-out text, after {seen} bytes, in windows of {row['length']}"
     parts = [_table(title, head, lines)]
-    for measure, title in _TITLES.items():
+    for measure, (title, meaning) in _TITLES.items():
         found = {name: values(some, measure) for name, some in chosen.items()}
         contexts = sorted({context for some in found.values() for context in some})
         if contexts:
@@ -147,8 +151,13 @@ def tables(rows):
                 [name, *(_cell(some.get(context, [])) for context in contexts)]
                 for name, some in found.items()
             ]
-            parts.append(_table(title, head, lines))
+            parts.append(_table(f"{title}; {meaning}", head, lines))
     return "\n\n".join(parts)
+
+
+def _mean(rows, column):
+    found = [float(row[column]) for row in rows if row[column]]
+    return f"{statistics.fmean(found):.3f}" if found else ""
 
 
 def _cell(bits):
@@ -173,14 +182,22 @@ def plot(rows, folder):
     """
     chosen = best(rows)
     files = []
-    for measure, title in _TITLES.items():
+    for measure, (title, meaning) in _TITLES.items():
         figure, axes = new_figure(7, 4.5)
+        contexts, lowest = set(), math.inf
         for name, some in chosen.items():
-            points = list(values(some, measure).items())
+            points = values(some, measure)
             if points:
-                draw_spread(axes, name, points)
+                draw_spread(axes, name, list(points.items()))
+                contexts.update(points)
+                lowest = min([lowest, *(min(bits) for bits in points.values())])
         axes.set_xscale("log", base=2)
-        axes.set_xlabel("bytes")
+        ticks = sorted(contexts)
+        axes.set_xticks(ticks, [f"{context:,}" for context in ticks])
+        axes.set_xlabel(meaning)
+        if math.isfinite(lowest):
+            # A Transformer behind its training length would leave no room for others.
+            axes.set_ylim(top=min(axes.get_ylim()[1], 2 * lowest))
         files.append(_finish(figure, axes, title, folder, f"length_{measure}"))
     figure, axes = new_figure(7, 4.5)
     highest = 0.0

@@ -106,9 +106,13 @@ class Curve(keras.callbacks.Callback):
 
     def validation(self):
         """The last value; infinite if it is no number."""
-        assert self.rows is not None
-        value = float(self.rows[-1]["validation"])
+        value = float(self.last()["validation"])
         return value if math.isfinite(value) else math.inf
+
+    def last(self):
+        """The last line."""
+        assert self.rows is not None
+        return self.rows[-1]
 
     def bytes_per_second(self):
         """The median of the epochs; the first has the compilation in it."""

@@ -133,6 +133,7 @@ def train(run, settings, parts, folder, arguments, deadline):
     lm.fit(windows, epochs=run["epochs"], shuffle=False, callbacks=callbacks, verbose=0)
     if steps_of(lm) < steps and math.isfinite(curve.validation()):
         return None, backup
+    print(f"    trained in {time.perf_counter() - started:.0f} s", flush=True)
     lines = measure(
         lm,
         test,
@@ -146,6 +147,8 @@ def train(run, settings, parts, folder, arguments, deadline):
         parameters=total,
         activated=activated,
         validation=curve.validation(),
+        router_entropy=curve.last()["router_entropy"],
+        largest_memory_share=curve.last()["largest_memory_share"],
         feed_forward=width,
         bytes=steps_of(lm) * batch * run["length"],
         bytes_per_second=round(curve.bytes_per_second()),
