@@ -112,6 +112,8 @@ def test_activated_parameters_are_equal(example):
             assert activated == example.parameters(backbone)
     with pytest.raises(ValueError, match="`--parameters` must be .* or more for 'mom'"):
         settings(example, "mom", target=10_000).fitted_backbone()
+    with pytest.raises(ValueError, match="`--attention-every` must be"):
+        settings(example, "hybrid", attention_every=3).fitted_backbone()
 
 
 @pytest.mark.parametrize("model", ["mom", "mom_unshared", "hybrid"])

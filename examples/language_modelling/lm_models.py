@@ -51,6 +51,11 @@ class ModelSettings:
 
     def backbone(self, intermediate_dim, **options):
         """`keras_mom.models.MoMBackbone` with a feed-forward network of this width."""
+        if self.model == "hybrid" and self.attention_every > self.layers:
+            raise ValueError(
+                "`--attention-every` must be `--layers` at most, for a layer with "
+                f"attention. Received: {self.attention_every} of {self.layers}"
+            )
         routed = self.model in ROUTED
         every = {"attention": 1, "hybrid": self.attention_every}.get(self.model)
         return MoMBackbone(
