@@ -206,7 +206,7 @@ def parse_arguments(given=None):
     add("--seeds", nargs="+", type=int, default=[0])
     add("--dtype", help="policy; mixed_bfloat16 on an accelerator, else float32")
     add("--minutes", type=float, help="start no epoch later; the next command goes on")
-    add("--out", default="language_modelling", help="folder of the results")
+    add("--out", default="language_models", help="folder of the results")
     add("--hardware", help="what to name the machine in the results")
     add("--list", action="store_true", help="list the runs, run none")
     add("--no-plots", action="store_true")
