@@ -20,6 +20,7 @@ import os
 import sys
 import time
 import warnings
+from typing import NamedTuple
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -38,12 +39,42 @@ from keras_mom.backend import accelerator
 VALIDATION_SEED, TEST_SEED = 1_000_000, 2_000_000
 
 
+class Asked(NamedTuple):
+    """Examples with the places alone where something is asked.
+
+    Attributes:
+        tokens: int32 `[B, T]`.
+        places: int32 `[B, P]`.
+        targets, weights: `[B, P]`, at these places.
+    """
+
+    tokens: np.ndarray
+    places: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+
+    @classmethod
+    def of(cls, examples):
+        asked = examples.weights > 0
+        length = asked.shape[1]
+        # Parts of one length share a shape, and so what is compiled for it.
+        count = max(length // 4, asked.sum(axis=1).max())
+        places = np.argsort(~asked, axis=1, kind="stable")[:, :count]
+        rest = (np.take_along_axis(x, places, axis=1) for x in examples[1:])
+        return cls(examples.inputs, places.astype("int32"), *rest)
+
+    def batch(self, rows=slice(None)):
+        """Inputs, targets and weights."""
+        tokens, places, targets, weights = (x[rows] for x in self)
+        return {"tokens": tokens, "places": places}, targets, weights
+
+
 class Batches(keras.utils.PyDataset):
     """Batches of one part of the data each, in an order drawn for each epoch."""
 
     def __init__(self, parts, batch_size, seed):
         super().__init__()
-        self.parts = parts
+        self.parts = [Asked.of(part) for part in parts]
         self.batch_size = batch_size
         self.seed = seed
         self.set_epoch(0)
@@ -55,8 +86,8 @@ class Batches(keras.utils.PyDataset):
             (part, rows)
             for part, examples in enumerate(self.parts)
             for rows in np.split(
-                rng.permutation(len(examples.inputs)),
-                range(self.batch_size, len(examples.inputs), self.batch_size),
+                rng.permutation(len(examples.tokens)),
+                range(self.batch_size, len(examples.tokens), self.batch_size),
             )
             # A smaller one would be compiled for itself.
             if len(rows) == self.batch_size
@@ -68,7 +99,7 @@ class Batches(keras.utils.PyDataset):
 
     def __getitem__(self, index):
         part, rows = self.batches[index]
-        return tuple(x[rows] for x in self.parts[part])
+        return self.parts[part].batch(rows)
 
 
 def list_runs(preset):
@@ -156,9 +187,15 @@ def train(run, settings, task, preset, folder, arguments):
     if arguments.routing and any(
         isinstance(layer, keras_mom.MoMLayer) for layer in model.layers
     ):
-        tokens = draw(task, task.tests[-1:], VALIDATION_SEED)[0].inputs[:32]
+        shown = Asked.of(draw(task, task.tests[-1:], VALIDATION_SEED)[0])
         pictures = os.path.join(folder, "routing", run_name(run))
-        callbacks.append(keras_mom.callbacks.RoutingMonitor(tokens, png_dir=pictures))
+        callbacks.append(
+            keras_mom.callbacks.RoutingMonitor(
+                shown.batch(slice(32))[0],
+                token_ids=shown.tokens[:32],
+                png_dir=pictures,
+            )
+        )
     model.fit(
         batches,
         epochs=preset.epochs,
@@ -170,10 +207,11 @@ def train(run, settings, task, preset, folder, arguments):
 
     def accuracy(examples):
         share = shortest / examples.inputs.shape[1]
+        inputs, targets, weights = Asked.of(examples).batch()
         return model.evaluate(
-            examples.inputs,
-            examples.targets,
-            sample_weight=examples.weights,
+            inputs,
+            targets,
+            sample_weight=weights,
             batch_size=max(1, int(preset.batch_size * share)),
             verbose=0,
             return_dict=True,
