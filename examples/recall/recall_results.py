@@ -1,5 +1,6 @@
 """Results of runs: the file they are kept in, tables and plots."""
 
+import contextlib
 import csv
 import hashlib
 import os
@@ -7,6 +8,11 @@ import platform
 import statistics
 import subprocess
 from collections import defaultdict
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
 
 from recall_models import KINDS, WITHOUT_RULE
 
@@ -79,6 +85,27 @@ class Results:
         ]
         _write(self.path, rows)
 
+    @contextlib.contextmanager
+    def claimed(self, run):
+        """Keeps other processes from a run; whether it was not theirs already.
+
+        A process that dies lets go of its run.
+        """
+        if fcntl is None:  # not on Windows, where commands do not share runs
+            yield True
+            return
+        path = os.path.join(self.folder, f"{run_name(run)}.lock")
+        with open(path, "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                yield False
+                return
+            try:
+                yield True
+            finally:
+                os.remove(path)
+
     def _file(self, run):
         return os.path.join(self.folder, f"{run_name(run)}.csv")
 
@@ -130,6 +157,8 @@ def label(row):
 def best(rows):
     """Rows of each model at the learning rate that did best on validation data.
 
+    Rates are compared with the seeds that all of them have.
+
     Returns:
         A dict from (task, label, width) to the rows of all seeds and tests.
     """
@@ -138,12 +167,25 @@ def best(rows):
         key = row["task"], label(row), int(row["width"])
         rates[key][float(row["learning_rate"])].append(row)
     return {
-        key: max(
-            by_rate.values(),
-            key=lambda some: statistics.fmean(float(row["validation"]) for row in some),
-        )
+        key: by_rate[max(by_rate, key=_validation(by_rate))]
         for key, by_rate in rates.items()
     }
+
+
+def _validation(by_rate):
+    """A rate's accuracy on validation data, with the seeds that all rates have."""
+    seeds = set.intersection(
+        *({row["seed"] for row in rows} for rows in by_rate.values())
+    )
+
+    def mean(rate):
+        return statistics.fmean(
+            float(row["validation"])
+            for row in by_rate[rate]
+            if row["seed"] in seeds or not seeds
+        )
+
+    return mean
 
 
 def accuracies(rows):
