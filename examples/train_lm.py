@@ -41,20 +41,21 @@ SIZES: dict[str, Any] = {
 }
 
 
-def read_corpus():
-    """The library's modules, tests left out, as (training, held-out) bytes.
-
-    Each twentieth file is held out.
-    """
+def library_paths():
+    """Paths of the library's modules, tests left out."""
     folder = pathlib.Path(sysconfig.get_paths()["stdlib"])
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-    paths = [
+    return [
         path
         for path in sorted(folder.rglob("*.py"))
         if left_out.isdisjoint(path.relative_to(folder).parts)
     ]
+
+
+def read_corpus():
+    """The library's modules as (training, held-out) bytes, each twentieth held out."""
     parts = [[], []]
-    for index, path in enumerate(paths):
+    for index, path in enumerate(library_paths()):
         parts[index % 20 == 7].append(path.read_bytes() + SEPARATOR)
     return [np.frombuffer(b"".join(part), dtype="uint8") for part in parts]
 

@@ -1,19 +1,11 @@
-"""Results of runs: the file they are kept in, tables and plots."""
+"""Results of runs: their columns, tables and plots."""
 
-import contextlib
-import csv
 import hashlib
 import os
-import platform
 import statistics
-import subprocess
 from collections import defaultdict
 
-try:
-    import fcntl
-except ImportError:
-    fcntl = None
-
+from bookkeeping import draw_spread
 from recall_models import KINDS, WITHOUT_RULE
 
 from keras_mom.visualization import new_figure, save_figure
@@ -52,62 +44,6 @@ MEASURED = (
     "backend",
     "hardware",
 )
-COLUMNS = RUN + MEASURED
-
-
-class Results:
-    """Finished runs: a CSV file each, with a line for each test, and one of all.
-
-    Several commands may share a folder. A file is put in its place as a whole, so that
-    none ever holds half a run.
-    """
-
-    def __init__(self, folder):
-        self.folder = os.path.join(folder, "runs")
-        self.path = os.path.join(folder, "results.csv")
-        os.makedirs(self.folder, exist_ok=True)
-
-    def rows_of(self, run):
-        """The lines of a run, by its columns `RUN`; none if it is not finished."""
-        rows = _read(self._file(run))
-        wanted = {column: str(run[column]) for column in RUN}
-        return [row for row in rows if wanted.items() <= row.items()]
-
-    def add(self, run, lines):
-        """Adds a run with the lines of its tests, dicts of the columns `MEASURED`."""
-        _write(self._file(run), [{**run, **line} for line in lines])
-        names = sorted(os.listdir(self.folder))
-        rows = [
-            row
-            for name in names
-            if name.endswith(".csv")
-            for row in _read(os.path.join(self.folder, name))
-        ]
-        _write(self.path, rows)
-
-    @contextlib.contextmanager
-    def claimed(self, run):
-        """Keeps other processes from a run; whether it was not theirs already.
-
-        A process that dies lets go of its run.
-        """
-        if fcntl is None:  # not on Windows, where commands do not share runs
-            yield True
-            return
-        path = os.path.join(self.folder, f"{run_name(run)}.lock")
-        with open(path, "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                yield False
-                return
-            try:
-                yield True
-            finally:
-                os.remove(path)
-
-    def _file(self, run):
-        return os.path.join(self.folder, f"{run_name(run)}.csv")
 
 
 def run_name(run):
@@ -117,35 +53,6 @@ def run_name(run):
     parts += [f"rate{run['learning_rate']:g}", f"seed{run['seed']}"]
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     return "-".join([part for part in parts if part] + [digest])
-
-
-def _read(path):
-    if not os.path.exists(path):
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def _write(path, rows):
-    draft = f"{path}.{os.getpid()}.tmp"
-    with open(draft, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(draft, path)
-
-
-def hardware(accelerator):
-    """What the runs are made on, in words; `accelerator` is its kind, or None."""
-    if accelerator in ("gpu", "cuda"):
-        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        try:
-            return subprocess.check_output(query, text=True).splitlines()[0].strip()
-        except (OSError, subprocess.CalledProcessError, IndexError):
-            pass
-    if accelerator:
-        return accelerator
-    return f"{os.cpu_count()} {platform.machine()} cores"
 
 
 def label(row):
@@ -257,7 +164,7 @@ def _against_state(axes, task, models):
         curves[name].append((int(last["state"]), values))
         axes.set_title(f"{task}: {last['test']}")
     for name, points in curves.items():
-        _curve(axes, name, sorted(points))
+        draw_spread(axes, name, sorted(points))
     axes.set_xscale("log", base=2)
     axes.set_xlabel("numbers in the state")
 
@@ -269,17 +176,6 @@ def _against_length(axes, task, models):
         found = accuracies(some)
         tests = list(found)
         name = f"{name}, D {width}" if several_widths else name
-        _curve(axes, name, list(enumerate(found.values())))
+        draw_spread(axes, name, list(enumerate(found.values())))
     axes.set_xticks(range(len(tests)), tests, rotation=20, ha="right")
     axes.set_title(task)
-
-
-def _curve(axes, name, points):
-    """Draws places and the accuracies of the seeds at each."""
-    means = [statistics.fmean(values) for _, values in points]
-    spread = [
-        [mean - min(values) for mean, (_, values) in zip(means, points)],
-        [max(values) - mean for mean, (_, values) in zip(means, points)],
-    ]
-    places = [place for place, _ in points]
-    axes.errorbar(places, means, spread, marker="o", capsize=3, label=name)

@@ -26,12 +26,13 @@ from typing import NamedTuple
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import keras
 import numpy as np
-from recall_backup import Backup
+from bookkeeping import Backup, Results, hardware
 from recall_models import KINDS, WITHOUT_RULE, ModelSettings, build_model
-from recall_results import Results, best, hardware, plot, run_name, table
+from recall_results import MEASURED, RUN, best, plot, run_name, table
 from recall_settings import PRESETS
 
 import keras_mom
@@ -358,7 +359,7 @@ def main():
     preset = chosen_preset(arguments)
     arguments.hardware = arguments.hardware or hardware(accelerator())
     folder = arguments.out or f"recall_{arguments.preset}"
-    results = Results(folder)
+    results = Results(folder, RUN, MEASURED, run_name)
     runs = list_runs(preset)
     left = [run for run in runs if not results.rows_of(run[0])]
     print(f"{len(runs)} runs, {len(left)} to do; results in {results.path}")

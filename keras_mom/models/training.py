@@ -299,6 +299,8 @@ class _Scorer(keras.Model):
     def __init__(self, lm):
         super().__init__(name="scorer")
         self.lm = lm
+        # It has no weights of its own; Keras would run it once, op by op.
+        self.built = True
 
     @classmethod
     def of(cls, lm):
