@@ -1,5 +1,6 @@
 """What examples of many runs share: results, and backups that survive any kill."""
 
+import contextlib
 import csv
 import os
 import platform
@@ -9,6 +10,11 @@ import subprocess
 from typing import Any
 
 import keras
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
 
 
 class Backup(keras.callbacks.Callback):
@@ -92,6 +98,27 @@ class Results:
             for row in read_rows(os.path.join(self.folder, name))
         ]
         write_rows(self.path, columns, rows)
+
+    @contextlib.contextmanager
+    def claimed(self, run):
+        """Keeps other processes from a run; whether it was not theirs already.
+
+        A process that dies lets go of its run.
+        """
+        if fcntl is None:  # not on Windows, where commands do not share runs
+            yield True
+            return
+        path = os.path.join(self.folder, f"{self.name(run)}.lock")
+        with open(path, "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                yield False
+                return
+            try:
+                yield True
+            finally:
+                os.remove(path)
 
     def _file(self, run):
         return os.path.join(self.folder, f"{self.name(run)}.csv")

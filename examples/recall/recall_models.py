@@ -100,12 +100,15 @@ class ModelSettings:
 
 
 def build_model(settings, vocabulary_size, length=None, encoder=False):
-    """Tokens `[B, T]` to logits of the tokens asked for `[B, T, vocabulary_size]`.
+    """Tokens `[B, T]` and places `[B, P]` to logits `[B, P, vocabulary_size]`.
 
-    With `encoder` they are told, place by place, from the output at the last token
-    alone (MAD's auto-encoder).
+    They are of the tokens asked for at these places: logits of all places would take
+    more time than all layers together. With `encoder` they are told, place by place,
+    from the output at the last token alone (MAD's auto-encoder).
     """
     tokens = keras.Input((length,), dtype="int32", name="tokens")
+    places = keras.Input((None,), dtype="int32", name="places")
+    inputs = {"tokens": tokens, "places": places}
     embedding = keras.layers.ReversibleEmbedding(
         vocabulary_size,
         settings.width,
@@ -128,8 +131,15 @@ def build_model(settings, vocabulary_size, length=None, encoder=False):
             network = keras_mom.models.GatedMLP(2 * settings.width, name=f"mlp_{layer}")
             x = x + network(_norm(f"mlp_norm_{layer}")(x))
     if encoder:
-        return keras.Model(tokens, _decode(x[:, -1], settings, vocabulary_size, length))
-    return keras.Model(tokens, embedding(_norm("final_norm")(x), reverse=True))
+        x = _decode(x[:, -1], settings, vocabulary_size, length)
+        return keras.Model(inputs, _at(x, places))
+    x = _norm("final_norm")(_at(x, places))
+    return keras.Model(inputs, embedding(x, reverse=True))
+
+
+def _at(x, places):
+    """Rows of x `[B, T, D]` at places `[B, P]`."""
+    return ops.take_along_axis(x, places[:, :, None], axis=1)
 
 
 def _norm(name):

@@ -64,6 +64,8 @@ def label(row):
 def best(rows):
     """Rows of each model at the learning rate that did best on validation data.
 
+    Rates are compared with the seeds that all of them have.
+
     Returns:
         A dict from (task, label, width) to the rows of all seeds and tests.
     """
@@ -72,12 +74,25 @@ def best(rows):
         key = row["task"], label(row), int(row["width"])
         rates[key][float(row["learning_rate"])].append(row)
     return {
-        key: max(
-            by_rate.values(),
-            key=lambda some: statistics.fmean(float(row["validation"]) for row in some),
-        )
+        key: by_rate[max(by_rate, key=_validation(by_rate))]
         for key, by_rate in rates.items()
     }
+
+
+def _validation(by_rate):
+    """A rate's accuracy on validation data, with the seeds that all rates have."""
+    seeds = set.intersection(
+        *({row["seed"] for row in rows} for rows in by_rate.values())
+    )
+
+    def mean(rate):
+        return statistics.fmean(
+            float(row["validation"])
+            for row in by_rate[rate]
+            if row["seed"] in seeds or not seeds
+        )
+
+    return mean
 
 
 def accuracies(rows):

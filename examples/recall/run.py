@@ -4,11 +4,13 @@
     KERAS_BACKEND=torch python examples/recall/run.py --preset mqar --dtype bfloat16
 
 Models that differ only in what mixes tokens learn a task of `keras_mom.tasks`, each
-with every learning rate and seed, and are tested on sequences of their own. Results go
-to CSV files, one line for each test of each run; tables and plots are made of them. A
-command that was interrupted and is given again leaves out what is finished, and goes on
-with a run in the epoch where it stopped. Commands for other models or seeds may share
-the folder at the same time, on a GPU each.
+with every learning rate and seed, and are tested on sequences of their own. With
+`--sweep-seeds 0` learning rates are compared with that seed alone, and the other seeds
+have the best of them. Results go to CSV files, one line for each test of each run;
+tables and plots are made of them. A command that was interrupted and is given again
+leaves out what is finished, and goes on with a run in the epoch where it stopped. The
+same command, given several times at once, shares the runs out among its processes:
+several on a GPU, and several GPUs (`CUDA_VISIBLE_DEVICES`).
 
 Presets: `small`; `mqar`, the settings of Zoology (arXiv 2312.04927); `mad`, the six
 tasks of MAD (arXiv 2403.17844); `retrieval`, needles in a haystack and phone books.
@@ -20,6 +22,7 @@ import os
 import sys
 import time
 import warnings
+from typing import NamedTuple
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -29,7 +32,7 @@ import keras
 import numpy as np
 from bookkeeping import Backup, Results, hardware
 from recall_models import KINDS, WITHOUT_RULE, ModelSettings, build_model
-from recall_results import MEASURED, RUN, plot, run_name, table
+from recall_results import MEASURED, RUN, best, plot, run_name, table
 from recall_settings import PRESETS
 
 import keras_mom
@@ -39,12 +42,42 @@ from keras_mom.backend import accelerator
 VALIDATION_SEED, TEST_SEED = 1_000_000, 2_000_000
 
 
+class Asked(NamedTuple):
+    """Examples with the places alone where something is asked.
+
+    Attributes:
+        tokens: int32 `[B, T]`.
+        places: int32 `[B, P]`.
+        targets, weights: `[B, P]`, at these places.
+    """
+
+    tokens: np.ndarray
+    places: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+
+    @classmethod
+    def of(cls, examples):
+        asked = examples.weights > 0
+        length = asked.shape[1]
+        # Parts of one length share a shape, and so what is compiled for it.
+        count = max(length // 4, asked.sum(axis=1).max())
+        places = np.argsort(~asked, axis=1, kind="stable")[:, :count]
+        rest = (np.take_along_axis(x, places, axis=1) for x in examples[1:])
+        return cls(examples.inputs, places.astype("int32"), *rest)
+
+    def batch(self, rows=slice(None)):
+        """Inputs, targets and weights."""
+        tokens, places, targets, weights = (x[rows] for x in self)
+        return {"tokens": tokens, "places": places}, targets, weights
+
+
 class Batches(keras.utils.PyDataset):
     """Batches of one part of the data each, in an order drawn for each epoch."""
 
     def __init__(self, parts, batch_size, seed):
         super().__init__()
-        self.parts = parts
+        self.parts = [Asked.of(part) for part in parts]
         self.batch_size = batch_size
         self.seed = seed
         self.set_epoch(0)
@@ -56,8 +89,8 @@ class Batches(keras.utils.PyDataset):
             (part, rows)
             for part, examples in enumerate(self.parts)
             for rows in np.split(
-                rng.permutation(len(examples.inputs)),
-                range(self.batch_size, len(examples.inputs), self.batch_size),
+                rng.permutation(len(examples.tokens)),
+                range(self.batch_size, len(examples.tokens), self.batch_size),
             )
             # A smaller one would be compiled for itself.
             if len(rows) == self.batch_size
@@ -69,7 +102,7 @@ class Batches(keras.utils.PyDataset):
 
     def __getitem__(self, index):
         part, rows = self.batches[index]
-        return tuple(x[rows] for x in self.parts[part])
+        return self.parts[part].batch(rows)
 
 
 def list_runs(preset):
@@ -157,9 +190,15 @@ def train(run, settings, task, preset, folder, arguments):
     if arguments.routing and any(
         isinstance(layer, keras_mom.MoMLayer) for layer in model.layers
     ):
-        tokens = draw(task, task.tests[-1:], VALIDATION_SEED)[0].inputs[:32]
+        shown = Asked.of(draw(task, task.tests[-1:], VALIDATION_SEED)[0])
         pictures = os.path.join(folder, "routing", run_name(run))
-        callbacks.append(keras_mom.callbacks.RoutingMonitor(tokens, png_dir=pictures))
+        callbacks.append(
+            keras_mom.callbacks.RoutingMonitor(
+                shown.batch(slice(32))[0],
+                token_ids=shown.tokens[:32],
+                png_dir=pictures,
+            )
+        )
     model.fit(
         batches,
         epochs=preset.epochs,
@@ -167,14 +206,15 @@ def train(run, settings, task, preset, folder, arguments):
         callbacks=callbacks,
         verbose=arguments.verbose,
     )
-    shortest = min(part.inputs.shape[1] for part in parts)
+    longest = max(part.inputs.shape[1] for part in parts)
 
     def accuracy(examples):
-        share = shortest / examples.inputs.shape[1]
+        share = min(1, longest / examples.inputs.shape[1])
+        inputs, targets, weights = Asked.of(examples).batch()
         return model.evaluate(
-            examples.inputs,
-            examples.targets,
-            sample_weight=examples.weights,
+            inputs,
+            targets,
+            sample_weight=weights,
             batch_size=max(1, int(preset.batch_size * share)),
             verbose=0,
             return_dict=True,
@@ -204,6 +244,60 @@ def train(run, settings, task, preset, folder, arguments):
     return [dict(line, seconds=seconds) for line in lines], backup
 
 
+def is_needed(run, runs, results, sweep_seeds):
+    """Whether a run is to be made: True, False, or None if that is not known yet.
+
+    Of a seed that learning rates are not compared with, the best rate alone is needed.
+    """
+    if run["seed"] in sweep_seeds:
+        return True
+    compared = []
+    for other, _, _ in runs:
+        same = {**other, "learning_rate": 0, "seed": 0} == {
+            **run,
+            "learning_rate": 0,
+            "seed": 0,
+        }
+        if same and other["seed"] in sweep_seeds:
+            rows = results.rows_of(other)
+            if not rows:
+                return None
+            compared += rows
+    (rows,) = best(compared).values()
+    return float(rows[0]["learning_rate"]) == run["learning_rate"]
+
+
+def next_runs(left, runs, results, arguments, preset, folder):
+    """Makes the first run that nobody else makes; returns what is left then."""
+    others = []
+    for number, (run, settings, task) in enumerate(left):
+        if results.rows_of(run):
+            continue
+        needed = is_needed(run, runs, results, arguments.sweep_seeds)
+        if needed is None:
+            others.append(left[number])
+        if not needed:
+            continue
+        with results.claimed(run) as mine:
+            if not mine:
+                others.append(left[number])
+                continue
+            if results.rows_of(run):  # finished meanwhile
+                continue
+            print(f"\n[{len(left) - number} left] {run_name(run)}", flush=True)
+            lines, backup = train(run, settings, task, preset, folder, arguments)
+            results.add(run, lines)
+            backup.remove()
+            for line in lines:
+                print(f"    {line['test']:<24} accuracy {line['accuracy']:.3f}")
+            print(f"    {lines[0]['seconds']:.0f} s", flush=True)
+            keras.utils.clear_session(free_memory=True)
+        return others + left[number + 1 :]
+    if others:  # what is left depends on other processes, or is theirs
+        time.sleep(2)
+    return others
+
+
 def parse_arguments():
     parser = argparse.ArgumentParser(
         description="Compare what models remember.",
@@ -218,6 +312,12 @@ def parse_arguments():
         parser.add_argument(f"--{size}", type=int)
     parser.add_argument("--learning-rates", nargs="+", type=float)
     parser.add_argument("--seeds", nargs="+", type=int)
+    parser.add_argument(
+        "--sweep-seeds",
+        nargs="+",
+        type=int,
+        help="seeds to compare learning rates with; all of them if none are given",
+    )
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--weight-decay", type=float)
@@ -263,17 +363,13 @@ def main():
     runs = list_runs(preset)
     left = [run for run in runs if not results.rows_of(run[0])]
     print(f"{len(runs)} runs, {len(left)} to do; results in {results.path}")
-    for number, (run, settings, task) in enumerate(left, 1):
-        print(f"\n[{number}/{len(left)}] {run_name(run)}", flush=True)
-        if arguments.list:
-            continue
-        lines, backup = train(run, settings, task, preset, folder, arguments)
-        results.add(run, lines)
-        backup.remove()
-        for line in lines:
-            print(f"    {line['test']:<24} accuracy {line['accuracy']:.3f}")
-        print(f"    {lines[0]['seconds']:.0f} s", flush=True)
-        keras.utils.clear_session(free_memory=True)
+    if arguments.list:
+        print("\n".join(run_name(run[0]) for run in left))
+        return
+    if arguments.sweep_seeds is None:
+        arguments.sweep_seeds = preset.seeds
+    while left:
+        left = next_runs(left, runs, results, arguments, preset, folder)
     rows = [row for run, _, _ in runs for row in results.rows_of(run)]
     if not rows:
         return
