@@ -1,7 +1,8 @@
 """Implementations of other projects, where installed, as functions of our inputs.
 
 flash-linear-attention 0.6.0 (`fla`) tunes its kernels at the first call of a shape,
-for minutes; FlashQLA 0.1.3 compiles for about one. rwkv_ops 0.11 needs jax-triton.
+for minutes; FlashQLA 0.1.3 compiles for about one. rwkv_ops 0.11 needs jax-triton, and
+64 channels: its wrappers contradict their kernels' settings at other sizes.
 """
 
 # pyright: reportMissingImports=false
@@ -61,7 +62,13 @@ def rwkv_scan(shape):
 
     # Its package does not import as a whole with "triton"; this module does.
     os.environ.setdefault("KERNEL_TYPE", "native")
+    cache = os.environ.get("TRITON_CACHE_DIR")
     from rwkv_ops.gdn_chunk.jax_triton_kernel import gated_delta_net_chunk
+
+    # jax-triton takes Triton's cache away, from the kernels beside it too.
+    os.environ.pop("TRITON_CACHE_DIR", None)
+    if cache is not None:
+        os.environ["TRITON_CACHE_DIR"] = cache
 
     def scan(query, key, value, log_decay, beta):
         rows = (query, key, value, log_decay, beta)

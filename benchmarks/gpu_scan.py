@@ -35,6 +35,7 @@ def shapes():
         "packed": Shape(packed),
         "long": Shape((32768,)),
         "equal": Shape((1024,) * 32),
+        "equal-narrow": Shape((1024,) * 32, 16, 64, 64),
         "narrow": Shape(packed, 16, 64, 64),
         "wide": Shape(packed, 4, 256, 256),
         "channel": Shape(packed, decay="channel"),
