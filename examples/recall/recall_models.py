@@ -109,7 +109,7 @@ def build_model(settings, vocabulary_size, length=None, encoder=False):
     tokens = keras.Input((length,), dtype="int32", name="tokens")
     places = keras.Input((None,), dtype="int32", name="places")
     inputs = {"tokens": tokens, "places": places}
-    embedding = keras.layers.ReversibleEmbedding(
+    embedding = keras_mom.models.TokenEmbedding(
         vocabulary_size,
         settings.width,
         tie_weights=settings.tied,

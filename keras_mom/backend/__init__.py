@@ -29,6 +29,8 @@ Each module of this package offers the same names for one Keras backend:
   the places `index`, both int32 `[B, N]`, and -1 elsewhere; those at `size` go nowhere;
 - `add_product(total, left, right)`: `total + left @ right` of matrices, in the dtype of
   `total`, whose memory may serve the result;
+- `sum_rows_by_index(rows, index, count)`: `[count, D]`, the sums of the rows `[N, D]`
+  with each index, int32 `[N]`;
 - `full_precision()`: a context in which float32 products are float32 products;
 - `accelerator()`: the kind of accelerator in use, or None on a CPU;
 - `is_concrete(tensor)`: whether the values can be read without a device sync;
@@ -67,6 +69,7 @@ gather_batch = _implementation.gather_batch
 full_precision = _implementation.full_precision
 is_concrete = _implementation.is_concrete
 scan = _implementation.scan
+sum_rows_by_index = _implementation.sum_rows_by_index
 overwrites_variables = _implementation.overwrites_variables
 block_elements = _implementation.block_elements
 check_export = _implementation.check_export
@@ -86,5 +89,6 @@ __all__ = [
     "is_concrete",
     "overwrites_variables",
     "scan",
+    "sum_rows_by_index",
     "unit_lower_inverse",
 ]

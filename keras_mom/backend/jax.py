@@ -98,6 +98,11 @@ def add_product(total, left, right):
     return total + jax.numpy.matmul(left, right).astype(total.dtype)
 
 
+def sum_rows_by_index(rows, index, count):
+    """See `keras_mom.backend`."""
+    return jax.ops.segment_sum(rows, index, num_segments=count)
+
+
 def full_precision():
     """Context in which a float32 product is not rounded to TF32 or bfloat16."""
     return jax.default_matmul_precision("highest")

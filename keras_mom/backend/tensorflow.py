@@ -43,7 +43,8 @@ class Differentiable:
 
             return outputs, backward
 
-        return function(*[tensors[index] for index in present])
+        # A variable is read first: TensorFlow would ask for its gradient by itself.
+        return function(*(tf.convert_to_tensor(tensors[index]) for index in present))
 
 
 def compiled(function):
@@ -73,6 +74,11 @@ def decoding_program(function, read, written, jit_compile=None):
 def add_product(total, left, right):
     """See `keras_mom.backend`."""
     return total + tf.cast(tf.matmul(left, right), total.dtype)
+
+
+def sum_rows_by_index(rows, index, count):
+    """See `keras_mom.backend`."""
+    return tf.math.unsorted_segment_sum(rows, index, count)
 
 
 def accelerator():

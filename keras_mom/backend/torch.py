@@ -152,6 +152,11 @@ def add_product(total, left, right):
     return total.add_(left @ right)
 
 
+def sum_rows_by_index(rows, index, count):
+    """See `keras_mom.backend`. In one order, whatever the device does first."""
+    return torch.ops.aten.embedding_dense_backward(rows, index, count, -1, False)
+
+
 def full_precision():
     """Context in which a float32 product is not rounded; torch's default."""
     return contextlib.nullcontext()

@@ -11,6 +11,7 @@ from keras_mom.models.forecaster import mom_forecaster
 from keras_mom.models.gated_mlp import GatedMLP
 from keras_mom.models.mixture_of_experts import MixtureOfExperts
 from keras_mom.models.quantile_loss import QuantileLoss
+from keras_mom.models.token_embedding import TokenEmbedding
 from keras_mom.models.tokenizers import ByteTokenizer, HuggingFaceTokenizer
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "MoMCausalLM",
     "MoMDecoderBlock",
     "QuantileLoss",
+    "TokenEmbedding",
     "mom_classifier",
     "mom_encoder",
     "mom_forecaster",

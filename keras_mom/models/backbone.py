@@ -17,6 +17,7 @@ from keras_mom.models.decoder_block import MoMDecoderBlock
 from keras_mom.models.exporting import ExportMixin
 from keras_mom.models.gated_mlp import GatedMLP
 from keras_mom.models.mixture_of_experts import MixtureOfExperts
+from keras_mom.models.token_embedding import TokenEmbedding
 
 # Of the paper's code, `initializer_range`.
 _STDDEV = 0.02
@@ -222,7 +223,7 @@ class MoMBackbone(AdaptationMixin, ExportMixin, hub.Backbone):
                     name=f"block_{index}",
                 )
 
-        token_embedding = keras.layers.ReversibleEmbedding(
+        token_embedding = TokenEmbedding(
             vocabulary_size,
             hidden_dim,
             tie_weights=tie_embeddings,
