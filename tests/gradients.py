@@ -65,16 +65,11 @@ def _like(cotangents, outputs):
     return tuple(ops.cast(x, y.dtype) for x, y in zip(cotangents, outputs))
 
 
-# The compiler's optimisation takes most of a test's time on JAX, and the library is
-# no faster to test with it.
-_QUICK = {"xla_backend_optimization_level": 0}
-
-
 @functools.cache
 def _jax_evaluate(function):
     import jax
 
-    return jax.jit(lambda tensors: function(**tensors), compiler_options=_QUICK)
+    return jax.jit(lambda tensors: function(**tensors))
 
 
 @functools.cache
@@ -87,7 +82,7 @@ def _jax_gradients(function):
         )
         return outputs, pull_back(_like(cotangents, outputs))[0]
 
-    return jax.jit(run, compiler_options=_QUICK)
+    return jax.jit(run)
 
 
 @functools.cache
@@ -187,10 +182,18 @@ def compiled_value_and_grad(function, arrays, cotangents, length):
     return _to_numpy(outputs), dict(zip(gradients, _to_numpy(gradients.values())))
 
 
+# Undoes what `conftest.py` asks of XLA.
+_AS_SHIPPED = {
+    "xla_backend_optimization_level": 3,
+    "xla_llvm_disable_expensive_passes": False,
+    "xla_cpu_use_fusion_emitters": True,
+}
+
+
 def _jit(run):
     import jax
 
-    return jax.jit(run)
+    return jax.jit(run, compiler_options=_AS_SHIPPED)
 
 
 def _xla(function, inputs, length):
