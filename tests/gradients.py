@@ -89,14 +89,14 @@ def _jax_gradients(function):
 def _tensorflow_evaluate(function):
     import tensorflow as tf
 
-    return tf.function(lambda tensors: function(**tensors))
+    return tf.function(lambda tensors: function(**tensors), autograph=False)
 
 
 @functools.cache
 def _tensorflow_gradients(function):
     import tensorflow as tf
 
-    @tf.function
+    @tf.function(autograph=False)
     def run(floats, others, cotangents):
         with tf.GradientTape() as tape:
             tape.watch(floats)
@@ -207,7 +207,10 @@ def _xla(function, inputs, length):
 
     signature = tf.nest.map_structure(specification, inputs)
     run = tf.function(
-        function.python_function, jit_compile=True, input_signature=signature
+        function.python_function,
+        input_signature=signature,
+        jit_compile=True,
+        autograph=False,
     )
     return run(*inputs)
 
@@ -247,7 +250,8 @@ def _torch_kept(function, arrays, cotangents):
 def _tensorflow_kept(function, arrays, cotangents):
     import tensorflow as tf
 
-    run = tf.function(_tensorflow_gradients(function).python_function, jit_compile=True)
+    run = _tensorflow_gradients(function).python_function
+    run = tf.function(run, jit_compile=True, autograph=False)
     inputs = _to_tensors(arrays), {}, tuple(map(tf.convert_to_tensor, cotangents))
     program = run.experimental_get_compiler_ir(*inputs)(stage="optimized_hlo")
     shapes = re.findall(r"\bf32\[([0-9,]+)\]", program)
