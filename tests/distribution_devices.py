@@ -1,16 +1,15 @@
 """Trains a model on eight devices of a CPU, and on one, on JAX.
 
 Run by `test_distribution.py`, in a process of its own: devices are made at its start.
-The argument says how the model is distributed.
+Prints, for each way to distribute the model, over how many devices each weight is cut.
 """
 
 import os
-import sys
 
 # What is compiled needs not be fast.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true"
+    "--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
 )
 os.environ["KERAS_BACKEND"] = "jax"
 
@@ -28,17 +27,16 @@ import keras_mom
 distribution = keras.distribution
 HEADS, KEY_DIM, LENGTH, WIDTH = 8, 4, 20, 16
 FIT = dict(batch_size=8, epochs=2, shuffle=False, verbose=0)
-KERNELS = sys.argv[1] == "kernels"
 
 
-def make_model():
+def make_model(implementation=None):
     keras.utils.set_random_seed(0)
     inputs = keras.Input((LENGTH, WIDTH))
     layer = keras_mom.MoMLayer(
         HEADS,
         KEY_DIM,
         num_memories=3,
-        implementation="pallas" if KERNELS else None,
+        implementation=implementation,
         # The names of layers count up.
         name="mo_m_layer_7",
     )
@@ -103,23 +101,33 @@ def train_and_save(model, alone, inputs, targets):
     with tempfile.TemporaryDirectory() as folder:
         file = f"{folder}/model.keras"
         model.save(file)
+        expected = model.predict(inputs, verbose=0)
         distribution.set_distribution(None)
         loaded = keras.saving.load_model(file)
-    assert_close(loaded.predict(inputs, verbose=0), model(inputs), 1e-5, "loaded")
+    assert_close(loaded.predict(inputs, verbose=0), expected, 1e-5, "loaded")
 
 
-def main(name):
-    if KERNELS:
-        use_kernels()
+def main():
+    """One model alone, which every distributed one must equal."""
     inputs, targets = data()
     alone = make_model()
     start = alone.get_weights()
-    expected, expected_grads = outputs_and_gradients(alone, inputs, targets)
-    if not KERNELS:
-        alone.fit(inputs, targets, **FIT)
+    expected = outputs_and_gradients(alone, inputs, targets)
+    alone.fit(inputs, targets, **FIT)
+    shards = {}
+    for name in ("data", "heads"):
+        model, shards[name] = distributed(name, start, *expected)
+        train_and_save(model, alone, inputs, targets)
+    use_kernels()
+    _, shards["kernels"] = distributed("kernels", start, *expected)
+    print(json.dumps(shards))
 
+
+def distributed(name, start, expected, expected_grads):
+    """The distributed model, and over how many devices each of its weights is cut."""
+    inputs, targets = data()
     distribution.set_distribution(make_distribution(name))
-    model = make_model()
+    model = make_model("pallas" if name == "kernels" else None)
     model.set_weights(start)
     layout = distribution.TensorLayout(
         ("batch", None, None), distribution.distribution().device_mesh
@@ -134,10 +142,8 @@ def main(name):
         x.path.split("/", 1)[1]: x.value.size // x.value.addressable_shards[0].data.size
         for x in model.layers[1].weights
     }
-    if not KERNELS:
-        train_and_save(model, alone, inputs, targets)
-    print(json.dumps(shards))
+    return model, shards
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

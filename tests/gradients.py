@@ -65,16 +65,11 @@ def _like(cotangents, outputs):
     return tuple(ops.cast(x, y.dtype) for x, y in zip(cotangents, outputs))
 
 
-# The compiler's optimisation takes most of a test's time on JAX, and the library is
-# no faster to test with it.
-_QUICK = {"xla_backend_optimization_level": 0}
-
-
 @functools.cache
 def _jax_evaluate(function):
     import jax
 
-    return jax.jit(lambda tensors: function(**tensors), compiler_options=_QUICK)
+    return jax.jit(lambda tensors: function(**tensors))
 
 
 @functools.cache
@@ -87,21 +82,21 @@ def _jax_gradients(function):
         )
         return outputs, pull_back(_like(cotangents, outputs))[0]
 
-    return jax.jit(run, compiler_options=_QUICK)
+    return jax.jit(run)
 
 
 @functools.cache
 def _tensorflow_evaluate(function):
     import tensorflow as tf
 
-    return tf.function(lambda tensors: function(**tensors))
+    return tf.function(lambda tensors: function(**tensors), autograph=False)
 
 
 @functools.cache
 def _tensorflow_gradients(function):
     import tensorflow as tf
 
-    @tf.function
+    @tf.function(autograph=False)
     def run(floats, others, cotangents):
         with tf.GradientTape() as tape:
             tape.watch(floats)
@@ -187,10 +182,18 @@ def compiled_value_and_grad(function, arrays, cotangents, length):
     return _to_numpy(outputs), dict(zip(gradients, _to_numpy(gradients.values())))
 
 
+# Undoes what `conftest.py` asks of XLA.
+_AS_SHIPPED = {
+    "xla_backend_optimization_level": 3,
+    "xla_llvm_disable_expensive_passes": False,
+    "xla_cpu_use_fusion_emitters": True,
+}
+
+
 def _jit(run):
     import jax
 
-    return jax.jit(run)
+    return jax.jit(run, compiler_options=_AS_SHIPPED)
 
 
 def _xla(function, inputs, length):
@@ -204,7 +207,10 @@ def _xla(function, inputs, length):
 
     signature = tf.nest.map_structure(specification, inputs)
     run = tf.function(
-        function.python_function, jit_compile=True, input_signature=signature
+        function.python_function,
+        input_signature=signature,
+        jit_compile=True,
+        autograph=False,
     )
     return run(*inputs)
 
@@ -244,7 +250,8 @@ def _torch_kept(function, arrays, cotangents):
 def _tensorflow_kept(function, arrays, cotangents):
     import tensorflow as tf
 
-    run = tf.function(_tensorflow_gradients(function).python_function, jit_compile=True)
+    run = _tensorflow_gradients(function).python_function
+    run = tf.function(run, jit_compile=True, autograph=False)
     inputs = _to_tensors(arrays), {}, tuple(map(tf.convert_to_tensor, cotangents))
     program = run.experimental_get_compiler_ir(*inputs)(stage="optimized_hlo")
     shapes = re.findall(r"\bf32\[([0-9,]+)\]", program)

@@ -23,10 +23,6 @@ else:
 
 # Compiled functions by layer: eager JAX compiles operation by operation.
 _COMPILED = weakref.WeakKeyDictionary()
-_FAST_COMPILE = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-}
 
 
 def make_layer(width=12, batch=None, seed=0, **kwargs):
@@ -178,7 +174,7 @@ def _compile_call(layer, training):
             trainable, non_trainable, inputs, training=training, **kwargs
         )
 
-    return jax.jit(function, compiler_options=_FAST_COMPILE)
+    return jax.jit(function)
 
 
 def evaluate(layer, inputs, cotangent, training=True, **kwargs):
@@ -237,8 +233,7 @@ def _jax_gradient(layer, training):
             return (first(outputs) * cotangent).sum(), outputs
 
         functions["gradient", training] = jax.jit(
-            jax.value_and_grad(loss, argnums=(0, 1), has_aux=True),
-            compiler_options=_FAST_COMPILE,
+            jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
         )
     return functions["gradient", training]
 

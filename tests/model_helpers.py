@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 
-from tests.layer_helpers import _FAST_COMPILE, BACKEND, to_numpy
+from tests.layer_helpers import BACKEND, to_numpy
 
 if BACKEND == "jax":
     import jax
@@ -43,7 +43,7 @@ def forward(model, inputs):
             return model.stateless_call(trainable, non_trainable, inputs)[0]
 
         # The model too, so that no other one takes its id.
-        _COMPILED[key] = model, jax.jit(function, compiler_options=_FAST_COMPILE)
+        _COMPILED[key] = model, jax.jit(function)
     return to_numpy(
         _COMPILED[key][1](
             [v.value for v in model.trainable_variables],
@@ -67,7 +67,7 @@ def read(model, token_ids, cache, *masks):
             with keras.StatelessScope(zip(model.variables, values)):
                 return model.call_with_cache(*arguments)
 
-        _COMPILED[key] = model, jax.jit(function, compiler_options=_FAST_COMPILE)
+        _COMPILED[key] = model, jax.jit(function)
     values = [v.value for v in model.variables]
     return _COMPILED[key][1](values, token_ids, cache, *masks)
 
@@ -90,7 +90,7 @@ def gradients(model, inputs, cotangent):
             total = (output * cotangent).sum() + sum(losses)
             return total, (non_trainable_, len(losses))
 
-        function = jax.jit(jax.grad(loss, has_aux=True), compiler_options=_FAST_COMPILE)
+        function = jax.jit(jax.grad(loss, has_aux=True))
         found, (non_trainable, count) = function(trainable)
         return int(count), to_numpy(found), to_numpy(non_trainable)
     if BACKEND == "torch":

@@ -7,10 +7,11 @@ from agreement import assert_values_and_gradients
 from contracts.memory_scan import (
     EVERY_RULE,
     MemoryScanContract,
+    cotangents_of,
     inputs_of,
     scan,
 )
-from gradients import evaluate, value_and_grad
+from gradients import value_and_grad
 from keras import ops
 
 from keras_mom import backend
@@ -43,9 +44,7 @@ if keras.backend.backend() == "tensorflow":
     def test_eager_calls_are_those_of_the_portable_form(rule, packed):
         sizes = dict(B=1, cu_seqlens=(0, 0, 1, 66, 70)) if packed else {}
         inputs = inputs_of(rule, T=70, **sizes)
-        outputs = evaluate(scan("portable", rule), inputs)
-        random = np.random.default_rng(0)
-        cotangents = [random.normal(size=x.shape).astype("float32") for x in outputs]
+        cotangents = cotangents_of(inputs)
         expected = value_and_grad(scan("portable", rule), inputs, cotangents)
         actual = eager_value_and_grad(scan("xla", rule), inputs, cotangents)
         names = ("output", "state")

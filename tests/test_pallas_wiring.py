@@ -27,15 +27,6 @@ if keras.backend.backend() == "jax":
     from keras_mom_kernels.memory_step import jax as step_kernels
     from keras_mom_kernels.packed_convolution import jax as row_kernels
 
-    # Compiles in a third of the time.
-    fast_compile = functools.partial(
-        jax.jit,
-        compiler_options={
-            "xla_backend_optimization_level": 0,
-            "xla_llvm_disable_expensive_passes": True,
-        },
-    )
-
     @pytest.fixture(params=("gpu", "tpu"))
     def accelerator(request, monkeypatch):
         """JAX as if on an accelerator, whose kernels count their calls."""
@@ -93,7 +84,7 @@ if keras.backend.backend() == "jax":
             return total + jnp.sum(jnp.cos(memories)), output
 
         weights = [x.value for x in layer.trainable_variables]
-        gradient = fast_compile(jax.value_and_grad(loss, has_aux=True))
+        gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
         (_, output), grads = gradient(weights)
         return output, grads
 

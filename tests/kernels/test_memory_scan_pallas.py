@@ -4,8 +4,6 @@ Those of GPUs and of TPUs run in Pallas' interpreters, those of TPUs under its d
 of races, and are lowered for each platform.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,10 +23,6 @@ TOLERANCES = {
 }
 DIFFERENTIABLE = ("query", "key", "value", "log_decay", "beta", "initial_state")
 KERNELS = ("gpu", "tpu")
-FAST_COMPILE = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-}
 
 # Each recurrence once, and once each what differs in layout, size or dtype.
 NAMES = (
@@ -79,7 +73,7 @@ def with_gradients(kernels, inputs, cotangents, **options):
             **floats, **others, **options, kernels=kernels, interpret=True
         )
 
-    @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+    @jax.jit
     def both(floats, others, cotangents):
         results, pull = jax.vjp(lambda x: function(x, others), floats)
         cotangents = [x.astype(y.dtype) for x, y in zip(cotangents, results)]
@@ -234,10 +228,8 @@ def test_vmap_and_checkpoint():
     def of_row(row):
         return loss({name: x[None] for name, x in row.items()})
 
-    expected = jax.jit(jax.grad(loss), compiler_options=FAST_COMPILE)(inputs)
-    mapped = jax.jit(
-        jax.vmap(jax.grad(jax.checkpoint(of_row))), compiler_options=FAST_COMPILE
-    )
+    expected = jax.jit(jax.grad(loss))(inputs)
+    mapped = jax.jit(jax.vmap(jax.grad(jax.checkpoint(of_row))))
     for name, x in mapped(inputs).items():
         assert error(x, expected[name]) <= 1e-5, name
 

@@ -153,23 +153,23 @@ class ChunkAlgebra:
         """`[N, ...]` with the leading axes of `like`, `[..., C, K]`."""
         return self.arrays.reshape(x, (*self.arrays.shape(like)[:-2], *x.shape[1:]))
 
-    def _halves(self, x, size):
-        """First and second halves of blocks: `[N, n, size, K]` of `[N, C, K]`."""
+    def _half(self, x, size, which):
+        """First or second (0, 1) halves of blocks: `[N, n, size, K]` of `[N, C, K]`."""
         rows, width = x.shape[-2:]
         blocks = self.arrays.reshape(x, (-1, rows // (2 * size), 2, size, width))
-        return blocks[:, :, 0], blocks[:, :, 1]
+        return blocks[:, :, which]
 
     def _join_halves(self, first, second):
-        """Inverse of `_halves`."""
+        """Inverse of `_half` of both."""
         joined = self.arrays.stack([first, second], axis=2)
         _, count, _, size, width = joined.shape
         return self.arrays.reshape(joined, (-1, count * 2 * size, width))
 
     def _level_factors(self, left_decay, right_decay, size):
         """Decay from the border to second-half rows, and from first-half rows to it."""
-        border = right_decay.map(lambda x: self._halves(x, size)[0][..., -1:, :])
-        rows = left_decay.map(lambda x: self._halves(x, size)[1])
-        columns = right_decay.map(lambda x: self._halves(x, size)[0])
+        rows = left_decay.map(lambda x: self._half(x, size, 1))
+        columns = right_decay.map(lambda x: self._half(x, size, 0))
+        border = columns.map(lambda x: x[..., -1:, :])
         return self.arrays.exp(rows.minus(border)), self.arrays.exp(
             border.minus(columns)
         )
@@ -198,8 +198,8 @@ class ChunkAlgebra:
                 left_decay, right_decay, size
             )
             corner = self.arrays.matmul(
-                self._halves(left, size)[1] * row_factor,
-                self.transposed(self._halves(right, size)[0] * column_factor),
+                self._half(left, size, 1) * row_factor,
+                self.transposed(self._half(right, size, 0) * column_factor),
             )
             blocks = self._join_blocks(blocks, corner)
         return self._restored(blocks[:, 0], lead)
@@ -229,7 +229,7 @@ class ChunkAlgebra:
         sums = self.arrays.diagonal(weights, axis1=-2, axis2=-1)[..., None] * rows
         for size in self._levels(rows.shape[-2]):
             row_factor, column_factor = self._level_factors(decay, decay, size)
-            columns = self._halves(rows, size)[0] * column_factor
+            columns = self._half(rows, size, 0) * column_factor
             later = (
                 self.arrays.matmul(self.corner_blocks(weights, size), columns)
                 * row_factor
@@ -247,7 +247,7 @@ class ChunkAlgebra:
         )
         for size in self._levels(gradient.shape[-2]):
             row_factor, column_factor = self._level_factors(decay, decay, size)
-            later = self._halves(gradient, size)[1] * row_factor
+            later = self._half(gradient, size, 1) * row_factor
             corner = self.transposed(self.corner_blocks(weights, size))
             earlier = self.arrays.matmul(corner, later) * column_factor
             rows_gradient += self._join_halves(earlier, self.arrays.zeros_like(earlier))
@@ -279,8 +279,8 @@ class ChunkAlgebra:
             row_factor, column_factor = self._level_factors(
                 left_decay, right_decay, size
             )
-            rows = self._halves(left, size)[1] * row_factor
-            columns = self._halves(right, size)[0] * column_factor
+            rows = self._half(left, size, 1) * row_factor
+            columns = self._half(right, size, 0) * column_factor
             corner = self.corner_blocks(gradient, size)
             rows_gradient = self.arrays.matmul(corner, columns)
             columns_gradient = self.arrays.matmul(self.transposed(corner), rows)

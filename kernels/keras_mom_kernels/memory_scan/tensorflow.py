@@ -259,13 +259,14 @@ def _compiled(options, present, shapes):
     output = tf.TensorSpec(value.shape)
     final = tf.TensorSpec((None, segments, *state))
     before = tf.TensorSpec((None, None, *state))
-    forward = tf.function(forward, input_signature=(inputs,), jit_compile=True)
-    backward = tf.function(
-        backward,
-        input_signature=(inputs, (output, final, before), (output, final)),
-        jit_compile=True,
+    # Python has no loop here that depends on a tensor: AutoGraph would rewrite all of
+    # it for nothing, which takes seconds.
+    program = functools.partial(tf.function, jit_compile=True, autograph=False)
+    gradients = (inputs, (output, final, before), (output, final))
+    return (
+        program(forward, input_signature=(inputs,)),
+        program(backward, input_signature=gradients),
     )
-    return forward, backward
 
 
 def _open_shapes(values, present):
