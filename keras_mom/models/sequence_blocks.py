@@ -9,6 +9,7 @@ from keras import ops
 from keras_mom.checks import check_positive
 from keras_mom.layers.mom_layer import MoMLayer
 from keras_mom.models.gated_mlp import GatedMLP
+from keras_mom.models.token_embedding import TokenEmbedding
 
 # What a builder decides for itself.
 _RESERVED = (
@@ -196,7 +197,7 @@ def sequence_source(
         check_positive("vocabulary_size", vocabulary_size)
         name = "token_ids"
         source = keras.Input((sequence_length,), dtype="int32", name=name)
-        hidden = keras.layers.Embedding(
+        hidden = TokenEmbedding(
             vocabulary_size, blocks.hidden_dim, dtype=blocks.dtype, name="embedding"
         )(source)
     else:
