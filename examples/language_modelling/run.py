@@ -8,7 +8,8 @@ the width of their feed-forward networks differs. Measured are bits per byte of 
 text, and how they change up to 16 times the training length. Results go to CSV files,
 tables and plots are made of them. A command that was interrupted and is given again
 leaves out what is finished, and goes on with a run in the epoch where it stopped.
-Commands for other models or seeds may share the folder at the same time, on a GPU each.
+The same command, given several times at once, shares the runs out among its processes:
+one on a GPU each (`CUDA_VISIBLE_DEVICES`).
 
 Text: by default the modules of Python's standard library, 15 MB. More of it, 37 MB of
 kernel documentation from a package of Debian 12:
@@ -249,17 +250,21 @@ def main(given=None):
     runs = list_runs(arguments, text)
     left = [run for run in runs if not results.rows_of(run[0])]
     print(f"{len(runs)} runs, {len(left)} to do; results in {results.path}")
+    if arguments.list:
+        print("\n".join(run_name(run) for run, _ in left))
+        return
     for number, (run, settings) in enumerate(left, 1):
-        print(f"\n[{number}/{len(left)}] {run_name(run)}", flush=True)
-        if arguments.list:
-            continue
         if deadline.passed():
             break
-        lines, backup = train(run, settings, parts, folder, arguments, deadline)
-        if lines is None:
-            print("    The time is up; the same command goes on.", flush=True)
-            break
-        results.add(run, lines)
+        with results.claimed(run) as mine:
+            if not mine or results.rows_of(run):  # another process has it
+                continue
+            print(f"\n[{number}/{len(left)}] {run_name(run)}", flush=True)
+            lines, backup = train(run, settings, parts, folder, arguments, deadline)
+            if lines is None:
+                print("    The time is up; the same command goes on.", flush=True)
+                break
+            results.add(run, lines)
         backup.remove()
         for line in lines:
             name = f"{line['measure']} {line['context']:,}"
