@@ -100,7 +100,7 @@ def test_pieces_equal_the_whole(window):
     layer, x = make(window), tokens(BATCH, LENGTH, WIDTH)
     whole = call(layer, x, mask=MASK)
     cache = layer.get_initial_cache(BATCH, LENGTH)
-    assert cache[0].shape == (BATCH, window or LENGTH, 2, 6)
+    assert cache[0].shape == (BATCH, 2, window or LENGTH, 6)
     names = ("position", "document_start", "segment_id")
     counts = {name: ops.zeros((BATCH,), "int32") for name in names}
     outputs, at = [], 0

@@ -1,7 +1,7 @@
 """Compares what models remember: memories, Mixture of Memories, attention, LSTM.
 
     python examples/recall/run.py                     # small: minutes on two cores
-    KERAS_BACKEND=torch python examples/recall/run.py --preset mqar --dtype bfloat16
+    KERAS_BACKEND=jax python examples/recall/run.py --preset mqar --dtype mixed_bfloat16
 
 Models that differ only in what mixes tokens learn a task of `keras_mom.tasks`, each
 with every learning rate and seed, and are tested on sequences of their own. With

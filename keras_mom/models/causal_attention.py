@@ -223,7 +223,7 @@ class CausalAttention(ProjectionsMixin, keras.layers.Layer):
                 a sliding window, which needs room for the window only.
 
         Returns:
-            Keys and values, zeros of the compute dtype `[B, S, key_value_heads, K]`.
+            Keys and values, zeros of the compute dtype `[B, key_value_heads, S, K]`.
         """
         slots = self.sliding_window
         if max_length is not None:
@@ -234,7 +234,8 @@ class CausalAttention(ProjectionsMixin, keras.layers.Layer):
                 "`max_length` must be given, because attention without a sliding "
                 "window keeps every token. Received: max_length=None"
             )
-        shape = (batch_size, slots, self.num_key_value_heads, self.head_dim)
+        # A head's rows lie together: else products would copy them at every token.
+        shape = (batch_size, self.num_key_value_heads, slots, self.head_dim)
         return tuple(ops.zeros(shape, self.compute_dtype) for _ in range(2))
 
     def call_with_cache(self, inputs, cache, places):
@@ -255,7 +256,8 @@ class CausalAttention(ProjectionsMixin, keras.layers.Layer):
         """
         inputs = ops.cast(inputs, self.compute_dtype)
         query, key, value = self._project(inputs, places.position)
-        slots = cache[0].shape[1]
+        key, value = (ops.swapaxes(x, 1, 2) for x in (key, value))
+        slots = cache[0].shape[2]
         if slots != self.sliding_window:
             _check_room(places, slots)
         # Earlier tokens, from the cache as it came: this call may overwrite them.
@@ -285,7 +287,7 @@ class CausalAttention(ProjectionsMixin, keras.layers.Layer):
         scores = [
             hide(
                 shown[:, None, None],
-                ops.einsum("bthgk,bshk->bhgts", query, ops.cast(key, "float32")),
+                ops.einsum("bthgk,bhsk->bhgts", query, ops.cast(key, "float32")),
             )
             for key, shown in zip(keys, visible)
         ]
@@ -296,7 +298,7 @@ class CausalAttention(ProjectionsMixin, keras.layers.Layer):
         total = sum(ops.sum(weight, axis=-1, keepdims=True) for weight in weights)
         mixed = sum(
             ops.einsum(
-                "bhgts,bshk->bthgk", ops.cast(weight / total, value.dtype), value
+                "bhgts,bhsk->bthgk", ops.cast(weight / total, value.dtype), value
             )
             for weight, value in zip(weights, values)
         )
@@ -360,20 +362,26 @@ def _single(new, cache, places, slots):
     """Writes one token a row; masked ones write back what is there."""
     slot = ops.mod(places.start, slots)
     row = ops.arange(ops.shape(slot)[0], dtype="int32")
-    index = ops.stack([row, slot], axis=1)
+    head = ops.arange(new[0].shape[1], dtype="int32")
+    shape = (ops.shape(slot)[0], new[0].shape[1])
+    grid = (row[:, None], head[None], slot[:, None])
+    # Keras wants a list of places, not a grid of them.
+    grid = [ops.reshape(ops.broadcast_to(x, shape), (-1,)) for x in grid]
+    index = ops.stack(grid, axis=1)
     written = []
     for tensor, held in zip(new, cache):
-        token = ops.cast(tensor[:, 0], held.dtype)
+        token = ops.cast(tensor[:, :, 0], held.dtype)
         if places.mask is not None:
-            there = ops.take_along_axis(held, slot[:, None, None, None], axis=1)
-            token = ops.where(places.mask[:, :, None], token, there[:, 0])
+            there = ops.take_along_axis(held, slot[:, None, None, None], axis=2)
+            token = ops.where(places.mask[:, :, None], token, there[:, :, 0])
+        token = ops.reshape(token, (-1, held.shape[-1]))
         written.append(ops.scatter_update(held, index, token))
     return tuple(written)
 
 
 def _piece(new, cache, places, slots):
     """Writes the last valid tokens of each row, gathered slot by slot."""
-    length = ops.shape(new[0])[1]
+    length = ops.shape(new[0])[2]
     place = places.position - places.start[:, None]
     if places.mask is not None:
         place = select(places.mask, place, length)
@@ -386,9 +394,11 @@ def _piece(new, cache, places, slots):
     source = at_least(source, 0)
     written = []
     for tensor, held in zip(new, cache):
-        batch, _, heads, width = ops.shape(tensor)
-        flat = ops.reshape(tensor, (batch, length, heads * width))
-        taken = ops.reshape(backend.gather_batch(flat, source), ops.shape(held))
-        taken = ops.cast(taken, held.dtype)
-        written.append(ops.where(fresh[..., None, None], taken, held))
+        batch, heads, _, width = ops.shape(tensor)
+        flat = ops.swapaxes(tensor, 1, 2)
+        flat = ops.reshape(flat, (batch, length, heads * width))
+        taken = backend.gather_batch(flat, source)
+        taken = ops.reshape(taken, (batch, slots, heads, width))
+        taken = ops.cast(ops.swapaxes(taken, 1, 2), held.dtype)
+        written.append(ops.where(fresh[:, None, :, None], taken, held))
     return tuple(written)
