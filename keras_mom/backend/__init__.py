@@ -30,6 +30,7 @@ Each module of this package offers the same names for one Keras backend:
 - `add_product(total, left, right)`: `total + left @ right` of matrices, in the dtype of
   `total`, whose memory may serve the result;
 - `full_precision()`: a context in which float32 products are float32 products;
+- `softplus(x)`: as in Keras, also behind an export that knows no log1p;
 - `accelerator()`: the kind of accelerator in use, or None on a CPU;
 - `is_concrete(tensor)`: whether the values can be read without a device sync;
 - `overwrites_variables()`: whether a variable's tensor may be overwritten here, since
@@ -67,6 +68,7 @@ gather_batch = _implementation.gather_batch
 full_precision = _implementation.full_precision
 is_concrete = _implementation.is_concrete
 scan = _implementation.scan
+softplus = _implementation.softplus
 overwrites_variables = _implementation.overwrites_variables
 block_elements = _implementation.block_elements
 check_export = _implementation.check_export
@@ -86,5 +88,6 @@ __all__ = [
     "is_concrete",
     "overwrites_variables",
     "scan",
+    "softplus",
     "unit_lower_inverse",
 ]
