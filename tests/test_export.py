@@ -92,9 +92,7 @@ if BACKEND == "tensorflow":
         runner = interpreter.get_signature_runner()
         (actual,) = runner(**inputs).values()
         expected = to_numpy(model(inputs))
-        # LiteRT's own operations round more: 3.4e-5 here, 1e-5 at most in absolute
-        # terms, with its reference kernels too.
-        assert_close(valid(actual, inputs), valid(expected, inputs), 5e-5)
+        assert_close(valid(actual, inputs), valid(expected, inputs), 1e-5)
 
 
 if BACKEND == "torch":

@@ -14,6 +14,7 @@ import pytest
 from agreement import assert_close
 
 import keras_mom
+from keras_mom import backend
 from keras_mom.ops import memory_scan
 
 if keras.backend.backend() != "tensorflow":
@@ -148,6 +149,33 @@ def test_lite_rt_needs_no_other_operations(rule, tmp_path):
     interpreter.invoke()
     output = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
     assert_close(output, expected, 1e-5, "output")
+
+
+def test_softplus_keeps_its_digits_in_lite_rt():
+    x = np.linspace(-30, 30, 6001).astype("float32")
+    expected = np.logaddexp(0, x.astype("float64"))
+    slope = 1 / (1 + np.exp(-x.astype("float64")))
+    x = tf.constant(x)
+
+    def value_and_gradient(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = backend.softplus(x)
+        return y, tape.gradient(y, x)
+
+    for jit_compile in (False, True):
+        y, gradient = tf.function(value_and_gradient, jit_compile=jit_compile)(x)
+        np.testing.assert_allclose(y, expected, rtol=1e-5)
+        np.testing.assert_allclose(gradient, slope, rtol=1e-5)
+
+    function = tf.function(backend.softplus).get_concrete_function(x)
+    converter = tf.lite.TFLiteConverter.from_concrete_functions([function])
+    interpreter = tf.lite.Interpreter(model_content=converter.convert())
+    interpreter.allocate_tensors()
+    interpreter.set_tensor(interpreter.get_input_details()[0]["index"], x)
+    interpreter.invoke()
+    y = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
+    np.testing.assert_allclose(y, expected, rtol=1e-5)
 
 
 # A single token.

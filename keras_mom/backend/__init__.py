@@ -32,6 +32,7 @@ Each module of this package offers the same names for one Keras backend:
 - `sum_rows_by_index(rows, index, count)`: `[count, D]`, the sums of the rows `[N, D]`
   with each index, int32 `[N]`;
 - `full_precision()`: a context in which float32 products are float32 products;
+- `softplus(x)`: as in Keras, also behind an export that knows no log1p;
 - `accelerator()`: the kind of accelerator in use, or None on a CPU;
 - `is_concrete(tensor)`: whether the values can be read without a device sync;
 - `overwrites_variables()`: whether a variable's tensor may be overwritten here, since
@@ -70,6 +71,7 @@ full_precision = _implementation.full_precision
 is_concrete = _implementation.is_concrete
 scan = _implementation.scan
 sum_rows_by_index = _implementation.sum_rows_by_index
+softplus = _implementation.softplus
 overwrites_variables = _implementation.overwrites_variables
 block_elements = _implementation.block_elements
 check_export = _implementation.check_export
@@ -90,5 +92,6 @@ __all__ = [
     "overwrites_variables",
     "scan",
     "sum_rows_by_index",
+    "softplus",
     "unit_lower_inverse",
 ]

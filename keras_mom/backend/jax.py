@@ -6,6 +6,8 @@ import jax
 import keras
 from jax.core import Tracer
 
+softplus = keras.ops.softplus
+
 
 def scan(step, carry, length, shapes, reverse=False):
     """See `keras_mom.backend`."""

@@ -81,6 +81,19 @@ def sum_rows_by_index(rows, index, count):
     return tf.math.unsorted_segment_sum(rows, index, count)
 
 
+@tf.custom_gradient
+def softplus(x):
+    """See `keras_mom.backend`. LiteRT has no log1p, and log(1 + y) forgets small y."""
+    y = tf.exp(-tf.abs(x))
+    # log(1 + y) = 2 artanh(z), by its series; z is 1/3 at most.
+    z = y / (2 + y)
+    square = z * z
+    series = 1 / 13
+    for power in (11, 9, 7, 5, 3, 1):
+        series = series * square + 1 / power
+    return tf.maximum(x, 0) + 2 * z * series, lambda grad: grad * tf.sigmoid(x)
+
+
 def accelerator():
     """`"gpu"` or `"tpu"`; None on a CPU."""
     for kind in ("GPU", "TPU"):

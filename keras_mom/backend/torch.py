@@ -12,6 +12,7 @@ from keras.src.backend import in_stateless_scope
 from keras_mom.backend import flat
 
 gather_batch, fill_batch = flat.gather_batch, flat.fill_batch
+softplus = ops.softplus
 
 
 def scan(step, carry, length, shapes, reverse=False):

@@ -26,7 +26,8 @@ def _blocks(*tensors):
 
 
 def _inverse_norm(x, epsilon):
-    squares = ops.sum(ops.square(x), axis=-1, keepdims=True)
+    # LiteRT's converter makes an L2_NORMALIZATION of `ops.square`, without epsilon.
+    squares = ops.sum(x * x, axis=-1, keepdims=True)
     return ops.rsqrt(squares + epsilon)
 
 

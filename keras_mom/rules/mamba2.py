@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_mom import backend
 from keras_mom.initializers import InverseSoftplusLogUniform, LogUniform
 from keras_mom.rules.base import MemoryUpdateRule
 
@@ -35,5 +36,5 @@ class Mamba2(MemoryUpdateRule):
         return (self.split_memories(self.step_projection(inputs)),)
 
     def prepare(self, query, key, value, step):
-        step = ops.softplus(ops.cast(step, "float32") + self.dt_bias)
+        step = backend.softplus(ops.cast(step, "float32") + self.dt_bias)
         return query, key, value, -ops.exp(self.a_log) * step, step
