@@ -155,6 +155,16 @@ def hardware(accelerator):
     return f"{os.cpu_count()} {platform.machine()} cores"
 
 
+def draw(plot, rows, folder):
+    """Prints the files of `plot(rows, folder)`, if matplotlib is installed."""
+    try:
+        files = plot(rows, folder)
+    except ImportError as error:
+        print(f"No plots: {error}")
+    else:
+        print("\n".join(files))
+
+
 def draw_spread(axes, name, points):
     """Draws places and the values of the seeds at each: mean, lowest and highest."""
     means = [statistics.fmean(values) for _, values in points]

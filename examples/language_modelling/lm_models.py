@@ -1,5 +1,6 @@
 """The models that are compared: the same but for what mixes tokens."""
 
+import math
 from dataclasses import dataclass
 
 import keras_mom
@@ -95,8 +96,7 @@ class ModelSettings:
 
 def parameters(layer):
     """The number of trainable parameters."""
-    sizes = [tuple(weight.shape) for weight in layer.trainable_weights]
-    return sum(_product(size) for size in sizes)
+    return sum(math.prod(weight.shape) for weight in layer.trainable_weights)
 
 
 def activated_parameters(backbone):
@@ -114,10 +114,3 @@ def activated_parameters(backbone):
             held = sum(parameters(part) for part in apart)
             idle += held * (layer.num_memories - layer.top_k) // layer.sizes.projections
     return parameters(backbone) - idle
-
-
-def _product(sizes):
-    product = 1
-    for size in sizes:
-        product *= size
-    return product

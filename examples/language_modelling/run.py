@@ -36,7 +36,7 @@ sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import keras
 import lm_text
-from bookkeeping import Backup, Results, hardware
+from bookkeeping import Backup, Results, draw, hardware
 from lm_evaluation import measure
 from lm_models import (
     KINDS,
@@ -276,12 +276,7 @@ def main(given=None):
         return
     print(f"\n{tables(rows)}\n")
     if not arguments.no_plots:
-        try:
-            files = plot(rows, folder)
-        except ImportError as error:
-            print(f"No plots: {error}")
-        else:
-            print("\n".join(files))
+        draw(plot, rows, folder)
 
 
 if __name__ == "__main__":

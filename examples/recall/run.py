@@ -30,7 +30,7 @@ sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import keras
 import numpy as np
-from bookkeeping import Backup, Results, hardware
+from bookkeeping import Backup, Results, draw, hardware
 from recall_models import KINDS, WITHOUT_RULE, ModelSettings, build_model
 from recall_results import MEASURED, RUN, best, plot, run_name, table
 from recall_settings import PRESETS
@@ -145,7 +145,7 @@ def list_runs(preset):
     return runs
 
 
-def draw(task, arguments, seed):
+def examples_of(task, arguments, seed):
     return [
         task.make(**part, seed=(seed, index)) for index, part in enumerate(arguments)
     ]
@@ -164,7 +164,7 @@ def train(run, settings, task, preset, folder, arguments):
     """Trains and tests a model, and returns the lines of its tests."""
     keras.utils.set_random_seed(run["seed"])
     started = time.perf_counter()
-    parts = draw(task, task.training, run["seed"])
+    parts = examples_of(task, task.training, run["seed"])
     batches = Batches(parts, preset.batch_size, run["seed"])
     length = parts[0].inputs.shape[1] if task.encoder else None
     model = build_model(settings, task.vocabulary_size, length, task.encoder)
@@ -190,7 +190,7 @@ def train(run, settings, task, preset, folder, arguments):
     if arguments.routing and any(
         isinstance(layer, keras_mom.MoMLayer) for layer in model.layers
     ):
-        shown = Asked.of(draw(task, task.tests[-1:], VALIDATION_SEED)[0])
+        shown = Asked.of(examples_of(task, task.tests[-1:], VALIDATION_SEED)[0])
         pictures = os.path.join(folder, "routing", run_name(run))
         callbacks.append(
             keras_mom.callbacks.RoutingMonitor(
@@ -220,9 +220,9 @@ def train(run, settings, task, preset, folder, arguments):
             return_dict=True,
         )["accuracy"]
 
-    validation = draw(task, task.tests, VALIDATION_SEED + run["seed"])
+    validation = examples_of(task, task.tests, VALIDATION_SEED + run["seed"])
     validation = float(np.mean([accuracy(examples) for examples in validation]))
-    tests = draw(task, task.tests, TEST_SEED + run["seed"])
+    tests = examples_of(task, task.tests, TEST_SEED + run["seed"])
     lines = []
     for test, examples in zip(task.tests, tests):
         length = examples.inputs.shape[1]
@@ -375,12 +375,7 @@ def main():
         return
     print(f"\n{table(rows)}\n")
     if not arguments.no_plots:
-        try:
-            files = plot(rows, folder)
-        except ImportError as error:
-            print(f"No plots: {error}")
-        else:
-            print("\n".join(files))
+        draw(plot, rows, folder)
 
 
 if __name__ == "__main__":
