@@ -1,0 +1,128 @@
+"""`examples/recall`: what is asked, which runs are made, how they are shared out."""
+
+import dataclasses
+import importlib.util
+import pathlib
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(scope="module")
+def example():
+    """`run.py`, whose small preset has become tiny."""
+    folders = [str(EXAMPLES), str(EXAMPLES / "recall")]
+    sys.path += folders
+    path = EXAMPLES / "recall" / "run.py"
+    specification = importlib.util.spec_from_file_location("recall_run", path)
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    preset = module.PRESETS["small"]
+    (task,) = preset.tasks
+    short = dict(length=8, num_pairs=2, vocabulary_size=16, random_fill=False)
+    task = dataclasses.replace(
+        task,
+        vocabulary_size=16,
+        training=(dict(short, num_examples=16),),
+        tests=(dict(short, num_examples=8), dict(short, num_examples=8, length=16)),
+    )
+    changes = dict(tasks=(task,), widths=(8,), batch_size=8, epochs=1, value_dim=8)
+    module.PRESETS["small"] = preset.changed(**changes)
+    policy = keras.config.dtype_policy()
+    yield module
+    module.PRESETS["small"] = preset
+    keras.config.set_dtype_policy(policy)
+    for folder in folders:
+        sys.path.remove(folder)
+
+
+def test_only_what_is_asked_is_kept(example):
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(9, size=(5, 16)).astype("int32")
+    weights = (rng.random((5, 16)) < 0.3).astype("float32")
+    weights[0] = 0
+    targets = (tokens * (weights > 0)).astype("int32")
+    asked = example.Asked.of(example.keras_mom.tasks.Examples(tokens, targets, weights))
+    assert asked.places.shape[1] == max(4, weights.sum(axis=1).max())
+    inputs, found, counted = asked.batch(slice(1, None))
+    np.testing.assert_array_equal(inputs["tokens"], tokens[1:])
+    for row, (places, target, weight) in enumerate(
+        zip(inputs["places"], found, counted), 1
+    ):
+        np.testing.assert_array_equal(places[weight > 0], np.flatnonzero(weights[row]))
+        np.testing.assert_array_equal(target, targets[row, places])
+        assert len(set(places)) == len(places)
+
+
+def test_logits_are_those_of_the_places(example):
+    preset = example.PRESETS["small"].changed(models=("mom",))
+    _, settings, task = example.list_runs(preset)[0]
+    model = example.build_model(settings, task.vocabulary_size)
+    tokens = np.arange(16, dtype="int32").reshape(2, 8)
+    everywhere = np.tile(np.arange(8, dtype="int32"), (2, 1))
+    places = np.array([[7, 2, 2], [0, 1, 5]], "int32")
+    whole = model.predict({"tokens": tokens, "places": everywhere}, verbose=0)
+    some = model.predict({"tokens": tokens, "places": places}, verbose=0)
+    assert whole.shape == (2, 8, 16)
+    expected = np.take_along_axis(whole, places[..., None], axis=1)
+    np.testing.assert_allclose(some, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_best_rate_alone_for_other_seeds(example, tmp_path):
+    preset = example.PRESETS["small"].changed(
+        models=("single",), learning_rates=(0.1, 0.2), seeds=(0, 1)
+    )
+    runs = example.list_runs(preset)
+    results = example.Results(tmp_path, example.RUN, example.MEASURED, example.run_name)
+
+    def needed():
+        return {
+            (run["learning_rate"], run["seed"]): example.is_needed(
+                run, runs, results, sweep_seeds=[0]
+            )
+            for run, _, _ in runs
+        }
+
+    def finish(rate, validation):
+        (run,) = (
+            run for run, _, _ in runs if (run["learning_rate"], run["seed"]) == rate
+        )
+        line = dict.fromkeys(example.MEASURED, 0) | {"validation": validation}
+        results.add(run, [line])
+
+    finish((0.1, 0), 0.5)
+    assert needed() == {(0.1, 0): True, (0.2, 0): True, (0.1, 1): None, (0.2, 1): None}
+    finish((0.2, 0), 0.6)
+    assert needed() == {(0.1, 0): True, (0.2, 0): True, (0.1, 1): False, (0.2, 1): True}
+    # Another seed does not change which rate is best.
+    finish((0.2, 1), 0.1)
+    rows = [row for run, _, _ in runs for row in results.rows_of(run)]
+    (chosen,) = example.best(rows).values()
+    assert {row["learning_rate"] for row in chosen} == {"0.2"}
+
+
+def test_a_run_is_claimed_once(example, tmp_path):
+    results = example.Results(tmp_path, ("a",), ("b",), lambda run: f"run{run['a']}")
+    with results.claimed({"a": 1}) as first, results.claimed({"a": 1}) as second:
+        assert first
+        assert not second or sys.platform == "win32"
+        with results.claimed({"a": 2}) as other:
+            assert other
+    with results.claimed({"a": 1}) as again:
+        assert again
+
+
+def test_command_is_taken_up(example, tmp_path, monkeypatch, capsys):
+    command = "run.py --preset small --models single --seeds 0 --no-plots --out"
+    monkeypatch.setattr(sys, "argv", [*command.split(), str(tmp_path)])
+    example.main()
+    assert "1 runs, 1 to do" in capsys.readouterr().out
+    monkeypatch.setattr(example, "train", None)  # would fail
+    example.main()
+    printed = capsys.readouterr().out
+    assert "1 runs, 0 to do" in printed and "| one memory" in printed
