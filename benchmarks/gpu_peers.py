@@ -2,7 +2,7 @@
 
 flash-linear-attention 0.6.0 (`fla`) tunes its kernels at the first call of a shape,
 for minutes; FlashQLA 0.1.3 compiles for about one. rwkv_ops 0.11 needs jax-triton, and
-64 channels: its wrappers contradict their kernels' settings at other sizes.
+does not compile for 128 channels, where its wrappers contradict its kernels' settings.
 """
 
 # pyright: reportMissingImports=false

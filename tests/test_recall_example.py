@@ -117,6 +117,13 @@ def test_a_run_is_claimed_once(example, tmp_path):
         assert again
 
 
+def test_rates_are_compared_with_seeds_that_run(example, tmp_path, monkeypatch):
+    command = "run.py --preset small --seeds 0 1 --sweep-seeds 2 --out"
+    monkeypatch.setattr(sys, "argv", [*command.split(), str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"--sweep-seeds: \{2\}.*\[0, 1\]"):
+        example.main()
+
+
 def test_command_is_taken_up(example, tmp_path, monkeypatch, capsys):
     command = "run.py --preset small --models single --seeds 0 --no-plots --out"
     monkeypatch.setattr(sys, "argv", [*command.split(), str(tmp_path)])

@@ -38,7 +38,7 @@ def test_gradient_of_frequent_tokens(dtype, limit):
 
 def test_it_is_keras_layer_otherwise():
     options = dict(tie_weights=False, dtype="mixed_bfloat16", logit_soft_cap=5.0)
-    ours, theirs = TokenEmbedding(6, 4, **options), None
+    ours = TokenEmbedding(6, 4, **options)
     theirs = keras.layers.ReversibleEmbedding(6, 4, **options)
     ids = np.array([[5, 0, 2]], "int32")
     for layer in (ours, theirs):

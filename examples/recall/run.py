@@ -253,12 +253,8 @@ def is_needed(run, runs, results, sweep_seeds):
         return True
     compared = []
     for other, _, _ in runs:
-        same = {**other, "learning_rate": 0, "seed": 0} == {
-            **run,
-            "learning_rate": 0,
-            "seed": 0,
-        }
-        if same and other["seed"] in sweep_seeds:
+        changes = dict(learning_rate=run["learning_rate"], seed=run["seed"])
+        if {**other, **changes} == run and other["seed"] in sweep_seeds:
             rows = results.rows_of(other)
             if not rows:
                 return None
@@ -368,6 +364,9 @@ def main():
         return
     if arguments.sweep_seeds is None:
         arguments.sweep_seeds = preset.seeds
+    unknown = set(arguments.sweep_seeds) - set(preset.seeds)
+    if unknown:
+        sys.exit(f"--sweep-seeds: {unknown} are not among the seeds, {preset.seeds}")
     while left:
         left = next_runs(left, runs, results, arguments, preset, folder)
     rows = [row for run, _, _ in runs for row in results.rows_of(run)]

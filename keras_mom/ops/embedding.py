@@ -1,5 +1,6 @@
 """Rows of a table of embeddings, with a gradient that keeps its digits."""
 
+import keras
 from keras import ops
 
 from keras_mom import backend
@@ -24,18 +25,16 @@ def embed(table, ids):
 
 def _backward(_, tensors, outputs, gradients):
     table, ids = tensors
-    exact = "float64" if _dtype_name(table) == "float64" else "float32"
+    dtype = keras.backend.standardize_dtype(table.dtype)
+    exact = "float64" if dtype == "float64" else "float32"
     rows = ops.reshape(ops.cast(gradients[0], exact), (-1, table.shape[1]))
     sums = backend.sum_rows_by_index(rows, ops.reshape(ids, (-1,)), table.shape[0])
     return ops.cast(sums, table.dtype), None
 
 
 def _infer(_, table, ids):
-    return (((*ids.shape, table.shape[1]), _dtype_name(table)),)
-
-
-def _dtype_name(tensor):
-    return str(tensor.dtype).rpartition(".")[2]
+    dtype = keras.backend.standardize_dtype(table.dtype)
+    return (((*ids.shape, table.shape[1]), dtype),)
 
 
 _EMBED = backend.Differentiable(
