@@ -2,18 +2,14 @@
 
 import csv
 import gzip
-import importlib.util
 import math
-import pathlib
-import sys
 
-import keras
 import numpy as np
 import pytest
 
+from tests.example_modules import example_module
 from tests.layer_helpers import BACKEND
 
-EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 SIZES = dict(layers=2, width=32, heads=2, key_dim=16, value_dim=16, memories=4, top_k=2)
 SIZES |= dict(attention_heads=2, attention_every=2, target=100_000)
 OPTIONS = "--layers 2 --width 16 --heads 2 --key-dim 8 --value-dim 8 --parameters 2e4"
@@ -24,18 +20,8 @@ OPTIONS += " --validation-windows 2 --test-windows 3 --test-bytes 40 --no-plots"
 @pytest.fixture(scope="module")
 def example():
     """`run.py`, in whose name space the other modules' functions are."""
-    folders = [str(EXAMPLES), str(EXAMPLES / "language_modelling")]
-    sys.path += folders
-    path = EXAMPLES / "language_modelling" / "run.py"
-    specification = importlib.util.spec_from_file_location("language_models", path)
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    policy = keras.config.dtype_policy()
-    yield module
-    keras.config.set_dtype_policy(policy)
-    for folder in folders:
-        sys.path.remove(folder)
+    with example_module("language_modelling/run") as module:
+        yield module
 
 
 def settings(example, model, **changes):

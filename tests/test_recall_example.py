@@ -1,44 +1,31 @@
 """`examples/recall`: what is asked, which runs are made, how they are shared out."""
 
 import dataclasses
-import importlib.util
-import pathlib
 import sys
 
-import keras
 import numpy as np
 import pytest
 
-EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+from tests.example_modules import example_module
 
 
 @pytest.fixture(scope="module")
 def example():
     """`run.py`, whose small preset has become tiny."""
-    folders = [str(EXAMPLES), str(EXAMPLES / "recall")]
-    sys.path += folders
-    path = EXAMPLES / "recall" / "run.py"
-    specification = importlib.util.spec_from_file_location("recall_run", path)
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    preset = module.PRESETS["small"]
-    (task,) = preset.tasks
-    short = dict(length=8, num_pairs=2, vocabulary_size=16, random_fill=False)
-    task = dataclasses.replace(
-        task,
-        vocabulary_size=16,
-        training=(dict(short, num_examples=16),),
-        tests=(dict(short, num_examples=8), dict(short, num_examples=8, length=16)),
-    )
-    changes = dict(tasks=(task,), widths=(8,), batch_size=8, epochs=1, value_dim=8)
-    module.PRESETS["small"] = preset.changed(**changes)
-    policy = keras.config.dtype_policy()
-    yield module
-    module.PRESETS["small"] = preset
-    keras.config.set_dtype_policy(policy)
-    for folder in folders:
-        sys.path.remove(folder)
+    with example_module("recall/run") as module:
+        preset = module.PRESETS["small"]
+        (task,) = preset.tasks
+        short = dict(length=8, num_pairs=2, vocabulary_size=16, random_fill=False)
+        task = dataclasses.replace(
+            task,
+            vocabulary_size=16,
+            training=(dict(short, num_examples=16),),
+            tests=(dict(short, num_examples=8), dict(short, num_examples=8, length=16)),
+        )
+        changes = dict(tasks=(task,), widths=(8,), batch_size=8, epochs=1, value_dim=8)
+        module.PRESETS["small"] = preset.changed(**changes)
+        yield module
+        module.PRESETS["small"] = preset
 
 
 def test_only_what_is_asked_is_kept(example):

@@ -1,24 +1,17 @@
 """`examples/train_lm.py`: training that is killed and taken up again."""
 
-import importlib.util
-import pathlib
-
 import keras
 import numpy as np
 import pytest
 
+from tests.example_modules import example_module
 from tests.layer_helpers import BACKEND
-
-EXAMPLE = pathlib.Path(__file__).parents[1] / "examples" / "train_lm.py"
 
 
 @pytest.fixture(scope="module")
 def example():
-    specification = importlib.util.spec_from_file_location("train_lm", EXAMPLE)
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    with example_module("train_lm") as module:
+        yield module
 
 
 def test_batches_follow_the_step(example):
