@@ -4,7 +4,8 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_mom.ops.constants import select
+from keras_mom import backend
+from keras_mom.ops.constants import at_least, select
 from keras_mom.ops.packing import document_numbers
 
 
@@ -101,3 +102,74 @@ def slot_positions(start, slots):
 def hide(visible, scores):
     """Scores with a large negative number where nothing may be seen."""
     return select(visible, scores, -1e30)
+
+
+def check_room(places, slots):
+    """Raises if a row has more valid tokens than slots, where values can be read."""
+    if places.document is not None or not backend.is_concrete(places.end):
+        return
+    longest = int(ops.max(places.end - places.document_start))
+    if longest > slots:
+        raise ValueError(
+            "`cache` has no room: a row may have as many valid tokens as the "
+            "`max_length` that the cache was made with. "
+            f"Received: {longest} tokens, max_length={slots}"
+        )
+
+
+def write_token(new, cache, places, slots):
+    """Writes one token a row; masked ones write back what is there.
+
+    Args:
+        new: keys and values, `[B, H, 1, K]` each.
+        cache: what is held, `[B, H, slots, K]` each, which is not changed.
+        places: `Places`.
+        slots: int.
+    """
+    slot = ops.mod(places.start, slots)
+    row = ops.arange(ops.shape(slot)[0], dtype="int32")
+    head = ops.arange(new[0].shape[1], dtype="int32")
+    shape = (ops.shape(slot)[0], new[0].shape[1])
+    grid = (row[:, None], head[None], slot[:, None])
+    # Keras wants a list of places, not a grid of them.
+    grid = [ops.reshape(ops.broadcast_to(x, shape), (-1,)) for x in grid]
+    index = ops.stack(grid, axis=1)
+    written = []
+    for tensor, held in zip(new, cache):
+        token = ops.cast(tensor[:, :, 0], held.dtype)
+        if places.mask is not None:
+            there = ops.take_along_axis(held, slot[:, None, None, None], axis=2)
+            token = ops.where(places.mask[:, :, None], token, there[:, :, 0])
+        token = ops.reshape(token, (-1, held.shape[-1]))
+        written.append(ops.scatter_update(held, index, token))
+    return tuple(written)
+
+
+def write_piece(new, cache, places, slots):
+    """Writes the last valid tokens of each row, gathered slot by slot.
+
+    Args:
+        new: keys and values, `[B, H, T, K]` each.
+        cache, places, slots: as of `write_token`.
+    """
+    length = ops.shape(new[0])[2]
+    place = places.position - places.start[:, None]
+    if places.mask is not None:
+        place = select(places.mask, place, length)
+    index = ops.broadcast_to(ops.arange(length, dtype="int32"), ops.shape(place))
+    # The index of the r-th valid token.
+    token = backend.fill_batch(length, place, index)
+    rank = slot_positions(places.end, slots) - places.start[:, None]
+    fresh = ops.logical_and(rank >= 0, rank < length)
+    source = ops.take_along_axis(token, select(fresh, rank, 0), axis=1)
+    source = at_least(source, 0)
+    written = []
+    for tensor, held in zip(new, cache):
+        batch, heads, _, width = ops.shape(tensor)
+        flat = ops.swapaxes(tensor, 1, 2)
+        flat = ops.reshape(flat, (batch, length, heads * width))
+        taken = backend.gather_batch(flat, source)
+        taken = ops.reshape(taken, (batch, slots, heads, width))
+        taken = ops.cast(ops.swapaxes(taken, 1, 2), held.dtype)
+        written.append(ops.where(fresh[:, None, :, None], taken, held))
+    return tuple(written)

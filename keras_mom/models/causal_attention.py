@@ -3,12 +3,17 @@
 import keras
 from keras import ops
 
-from keras_mom import backend
 from keras_mom.checks import check_positive
 from keras_mom.initializers import clone_initializer
 from keras_mom.layers.checks import check_call
 from keras_mom.layers.projections import ProjectionsMixin
-from keras_mom.models.cache import hide, slot_positions
+from keras_mom.models.cache import (
+    check_room,
+    hide,
+    slot_positions,
+    write_piece,
+    write_token,
+)
 from keras_mom.ops.constants import at_least, select
 from keras_mom.ops.packing import document_numbers
 
@@ -259,7 +264,7 @@ class CausalAttention(ProjectionsMixin, keras.layers.Layer):
         key, value = (ops.swapaxes(x, 1, 2) for x in (key, value))
         slots = cache[0].shape[2]
         if slots != self.sliding_window:
-            _check_room(places, slots)
+            check_room(places, slots)
         # Earlier tokens, from the cache as it came: this call may overwrite them.
         held = slot_positions(places.start, slots)
         first = at_least(places.document_start, 0)
@@ -273,8 +278,8 @@ class CausalAttention(ProjectionsMixin, keras.layers.Layer):
         index = ops.arange(length, dtype="int32")
         new = self._visible(places.position, places.document, places.mask, index)
         mixed = self._attend(query, (cache[0], key), (cache[1], value), (old, new))
-        moves = _single if inputs.shape[1] == 1 else _piece
-        cache = moves((key, value), cache, places, slots)
+        write = write_token if inputs.shape[1] == 1 else write_piece
+        cache = write((key, value), cache, places, slots)
         return self._output(mixed, places.mask), cache
 
     def _attend(self, query, keys, values, visible):
@@ -344,61 +349,3 @@ def _rotate(x, turn):
     first, second = ops.split(ops.cast(x, "float32"), 2, axis=-1)
     rotated = (first * cosine - second * sine, second * cosine + first * sine)
     return ops.cast(ops.concatenate(rotated, axis=-1), x.dtype)
-
-
-def _check_room(places, slots):
-    if places.document is not None or not backend.is_concrete(places.end):
-        return
-    longest = int(ops.max(places.end - places.document_start))
-    if longest > slots:
-        raise ValueError(
-            "`cache` has no room: a row may have as many valid tokens as the "
-            "`max_length` that the cache was made with. "
-            f"Received: {longest} tokens, max_length={slots}"
-        )
-
-
-def _single(new, cache, places, slots):
-    """Writes one token a row; masked ones write back what is there."""
-    slot = ops.mod(places.start, slots)
-    row = ops.arange(ops.shape(slot)[0], dtype="int32")
-    head = ops.arange(new[0].shape[1], dtype="int32")
-    shape = (ops.shape(slot)[0], new[0].shape[1])
-    grid = (row[:, None], head[None], slot[:, None])
-    # Keras wants a list of places, not a grid of them.
-    grid = [ops.reshape(ops.broadcast_to(x, shape), (-1,)) for x in grid]
-    index = ops.stack(grid, axis=1)
-    written = []
-    for tensor, held in zip(new, cache):
-        token = ops.cast(tensor[:, :, 0], held.dtype)
-        if places.mask is not None:
-            there = ops.take_along_axis(held, slot[:, None, None, None], axis=2)
-            token = ops.where(places.mask[:, :, None], token, there[:, :, 0])
-        token = ops.reshape(token, (-1, held.shape[-1]))
-        written.append(ops.scatter_update(held, index, token))
-    return tuple(written)
-
-
-def _piece(new, cache, places, slots):
-    """Writes the last valid tokens of each row, gathered slot by slot."""
-    length = ops.shape(new[0])[2]
-    place = places.position - places.start[:, None]
-    if places.mask is not None:
-        place = select(places.mask, place, length)
-    index = ops.broadcast_to(ops.arange(length, dtype="int32"), ops.shape(place))
-    # The index of the r-th valid token.
-    token = backend.fill_batch(length, place, index)
-    rank = slot_positions(places.end, slots) - places.start[:, None]
-    fresh = ops.logical_and(rank >= 0, rank < length)
-    source = ops.take_along_axis(token, select(fresh, rank, 0), axis=1)
-    source = at_least(source, 0)
-    written = []
-    for tensor, held in zip(new, cache):
-        batch, heads, _, width = ops.shape(tensor)
-        flat = ops.swapaxes(tensor, 1, 2)
-        flat = ops.reshape(flat, (batch, length, heads * width))
-        taken = backend.gather_batch(flat, source)
-        taken = ops.reshape(taken, (batch, slots, heads, width))
-        taken = ops.cast(ops.swapaxes(taken, 1, 2), held.dtype)
-        written.append(ops.where(fresh[:, None, :, None], taken, held))
-    return tuple(written)
