@@ -1,4 +1,4 @@
-"""What examples of many runs share: results, and backups that survive any kill."""
+"""What examples of many runs share: results, learning rates, backups for any kill."""
 
 import contextlib
 import csv
@@ -59,6 +59,33 @@ class Backup(keras.callbacks.Callback):
     def _kept(self):
         names = os.listdir(self.folder)
         return sorted(name for name in names if name[0].isdigit())
+
+
+class PeakRate(keras.optimizers.schedules.LearningRateSchedule):
+    """A schedule times a highest learning rate that is a variable of an optimizer.
+
+    Written into a program as a number, each rate of a sweep would be compiled anew.
+
+    Args:
+        schedule: from a step to a share of the highest rate.
+    """
+
+    def __init__(self, schedule):
+        self.schedule = schedule
+        self.peak: Any = None
+
+    def __call__(self, step):
+        return self.peak * self.schedule(step)
+
+    @classmethod
+    def adamw(cls, learning_rate, schedule, **options):
+        """`keras.optimizers.AdamW` with such a schedule."""
+        rates = cls(schedule)
+        optimizer = keras.optimizers.AdamW(rates, **options)
+        rates.peak = optimizer.add_variable(
+            (), keras.initializers.Constant(learning_rate), "float32", name="peak_rate"
+        )
+        return optimizer
 
 
 class Results:

@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 
+import keras
 import numpy as np
 import pytest
 
@@ -120,3 +121,38 @@ def test_command_is_taken_up(example, tmp_path, monkeypatch, capsys):
     example.main()
     printed = capsys.readouterr().out
     assert "1 runs, 0 to do" in printed and "| one memory" in printed
+
+
+def test_a_rate_is_data(example):
+    """Steps are those of the rate as a number, but programs are alike for all rates."""
+    schedule = keras.optimizers.schedules.CosineDecay
+    options = dict(weight_decay=0.1)
+    x = np.linspace(-1, 1, 12, dtype="float32").reshape(4, 3)
+    programs, ends = [], []
+    for rate in (0.1, 0.3):
+        for optimizer in (
+            keras.optimizers.AdamW(schedule(rate, 4), **options),
+            example.PeakRate.adamw(rate, schedule(1.0, 4), **options),
+        ):
+            keras.utils.set_random_seed(0)
+            model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+            model.compile(optimizer, "mse")
+            model.fit(x, x[:, :2], epochs=3, batch_size=2, shuffle=False, verbose=0)
+            ends.append(model.get_weights())
+            programs.append(_program(model))
+        for ours, theirs in zip(ends.pop(), ends.pop(), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert programs[1] == programs[3]
+    assert programs[0] is None or programs[0] != programs[2]
+
+
+def _program(model):
+    """What JAX compiles of an optimizer's step; None elsewhere."""
+    if keras.config.backend() != "jax":
+        return None
+    import jax
+
+    values = [x.value for x in model.trainable_variables]
+    state = [x.value for x in model.optimizer.variables]
+    step = jax.jit(model.optimizer.stateless_apply)
+    return step.lower(state, values, values).as_text()

@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 import numpy as np
-from bookkeeping import read_rows, write_rows
+from bookkeeping import PeakRate, read_rows, write_rows
 from lm_evaluation import bits_of_bytes
 from train_lm import steps_of
 
@@ -15,14 +15,18 @@ def compile_model(lm, learning_rate, steps, warmup, weight_decay):
     """AdamW; the learning rate grows, and falls to a tenth along a cosine."""
     warmup = min(warmup, steps // 2)
     schedule = keras.optimizers.schedules.CosineDecay(
-        0.0 if warmup else learning_rate,
+        0.0 if warmup else 1.0,
         max(1, steps - warmup),
         alpha=0.1,
-        warmup_target=learning_rate if warmup else None,
+        warmup_target=1.0 if warmup else None,
         warmup_steps=warmup,
     )
-    optimizer = keras.optimizers.AdamW(
-        schedule, weight_decay=weight_decay, beta_2=0.95, global_clipnorm=1.0
+    optimizer = PeakRate.adamw(
+        learning_rate,
+        schedule,
+        weight_decay=weight_decay,
+        beta_2=0.95,
+        global_clipnorm=1.0,
     )
     # Scales, decays and time steps mean nothing at 0.
     optimizer.exclude_from_weight_decay(

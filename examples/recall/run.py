@@ -30,7 +30,7 @@ sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import keras
 import numpy as np
-from bookkeeping import Backup, Results, draw, hardware
+from bookkeeping import Backup, PeakRate, Results, draw, hardware
 from recall_models import KINDS, WITHOUT_RULE, ModelSettings, build_model
 from recall_results import MEASURED, RUN, best, plot, run_name, table
 from recall_settings import PRESETS
@@ -170,8 +170,9 @@ def train(run, settings, task, preset, folder, arguments):
     model = build_model(settings, task.vocabulary_size, length, task.encoder)
     steps = preset.epochs * len(batches)
     model.compile(
-        keras.optimizers.AdamW(
-            keras.optimizers.schedules.CosineDecay(run["learning_rate"], steps),
+        PeakRate.adamw(
+            run["learning_rate"],
+            keras.optimizers.schedules.CosineDecay(1.0, steps),
             weight_decay=preset.weight_decay,
         ),
         keras.losses.SparseCategoricalCrossentropy(
