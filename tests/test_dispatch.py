@@ -6,7 +6,7 @@ import pytest
 
 from keras_mom import backend, config
 from keras_mom.ops import dispatch as dispatching
-from keras_mom.ops.dispatch import dispatch, implementations, register
+from keras_mom.ops.dispatch import dispatch, implementations, preferred, register
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +66,18 @@ def test_a_named_one_that_is_missing_is_not_replaced():
     add("portable")
     with pytest.raises(NotImplementedError, match="'xla'.*`operation`.*portable"):
         call("xla")
+
+
+@pytest.mark.parametrize("accelerator, first", [(None, "portable"), ("gpu", "triton")])
+def test_what_is_tried_first(monkeypatch, accelerator, first):
+    for name in ("triton", "xla", "portable"):
+        add(name)
+    monkeypatch.setattr(backend, "accelerator", lambda: accelerator)
+    assert preferred("operation", None) == first
+    assert preferred("operation", "xla") == "xla"
+    monkeypatch.setattr(config, "_implementation", "xla")
+    assert preferred("operation", None) == "xla"
+    assert preferred("operation", "triton") == "triton"
 
 
 def test_an_unknown_name():

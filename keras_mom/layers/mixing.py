@@ -110,7 +110,8 @@ def mix_sequence(
         None.
     """
     length = ops.shape(indices)[1]
-    size, block = chunk_size(length), block_size(length)
+    size = chunk_size(length)
+    block = block_size(length, options["implementation"])
     history = max(sizes.history, int(rule.read_before_update))
     packing = Packing(
         indices,

@@ -46,6 +46,18 @@ def implementations(operation):
     )
 
 
+def preferred(operation, implementation):
+    """The implementation that `dispatch` tries first.
+
+    Without an accelerator that is the portable one: kernels then refuse their calls.
+    """
+    name = config.check_implementation(implementation) or config.get_implementation()
+    if name is not None:
+        return name
+    names = implementations(operation)
+    return names[-1] if backend.accelerator() is None else names[0]
+
+
 def dispatch(operation, implementation, *args, **kwargs):
     """Runs `operation` through the named implementation, or the fastest that works.
 

@@ -8,7 +8,7 @@ from keras import ops
 from keras_mom import backend
 from keras_mom.ops.chunked_scan import ScanOptions, chunked_scan
 from keras_mom.ops.cu_seqlens import checked_cu_seqlens, sequence_of
-from keras_mom.ops.dispatch import dispatch, register
+from keras_mom.ops.dispatch import dispatch, preferred, register
 from keras_mom.ops.padding import pad
 from keras_mom.ops.rows import gather_rows
 
@@ -147,8 +147,16 @@ def chunk_size(length):
     return min(CHUNK_SIZE, 1 << max(length - 1, 0).bit_length())
 
 
-def block_size(length):
-    """Chunks a step of the loop for sequences of `length` rows (None: unknown)."""
+def block_size(length, implementation="portable"):
+    """Chunks a step of the loop for sequences of `length` rows (None: unknown).
+
+    Args:
+        length: T.
+        implementation: as in `memory_scan`. Kernels have no use for several.
+    """
+    name = preferred("memory_scan", implementation)
+    if name in ("triton", "pallas"):
+        return 1
     if not isinstance(length, int):
         return BLOCK_SIZE
     chunks = -(-length // CHUNK_SIZE)
