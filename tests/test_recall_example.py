@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -121,6 +122,25 @@ def test_command_is_taken_up(example, tmp_path, monkeypatch, capsys):
     example.main()
     printed = capsys.readouterr().out
     assert "1 runs, 0 to do" in printed and "| one memory" in printed
+
+
+def test_some_runs_alone(example, tmp_path, monkeypatch, capsys):
+    command = "run.py --preset small --models single --seeds 0 1 --no-plots --runs 1"
+    monkeypatch.setattr(sys, "argv", [*command.split(), "--out", str(tmp_path)])
+    monkeypatch.setattr(example, "train", _trained_by_nobody)
+    for left in (2, 1, 0):
+        example.main()
+        assert f"2 runs, {left} to do" in capsys.readouterr().out
+    sys.argv[sys.argv.index("--runs") + 1] = "0"
+    with pytest.raises(SystemExit):
+        example.main()
+    assert "--runs: expected 1 or more, not 0" in capsys.readouterr().err
+
+
+def _trained_by_nobody(*_):
+    line = dict(test="T 8", length=8, state=1, active_state=1, parameters=1)
+    line |= dict(validation=0.5, accuracy=0.5, seconds=1.0, backend="", hardware="")
+    return [line], SimpleNamespace(remove=lambda: None)
 
 
 def test_a_rate_is_data(example):

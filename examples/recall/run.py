@@ -265,7 +265,11 @@ def is_needed(run, runs, results, sweep_seeds):
 
 
 def next_runs(left, runs, results, arguments, preset, folder):
-    """Makes the first run that nobody else makes; returns what is left then."""
+    """Makes the first run that nobody else makes.
+
+    Returns:
+        What is left then, and whether a run was made.
+    """
     others = []
     for number, (run, settings, task) in enumerate(left):
         if results.rows_of(run):
@@ -289,10 +293,10 @@ def next_runs(left, runs, results, arguments, preset, folder):
                 print(f"    {line['test']:<24} accuracy {line['accuracy']:.3f}")
             print(f"    {lines[0]['seconds']:.0f} s", flush=True)
             keras.utils.clear_session(free_memory=True)
-        return others + left[number + 1 :]
+        return others + left[number + 1 :], True
     if others:  # what is left depends on other processes, or is theirs
         time.sleep(2)
-    return others
+    return others, False
 
 
 def parse_arguments():
@@ -321,11 +325,16 @@ def parse_arguments():
     parser.add_argument("--dtype", help="a dtype policy, such as mixed_bfloat16")
     parser.add_argument("--out", help="folder of the results; recall_<preset> if none")
     parser.add_argument("--hardware", help="what to name the machine in the results")
+    parser.add_argument(
+        "--runs", type=int, help="make at most so many; the same command goes on"
+    )
     parser.add_argument("--routing", action="store_true", help="pictures of routing")
     parser.add_argument("--list", action="store_true", help="list the runs, run none")
     parser.add_argument("--no-plots", action="store_true")
     parser.add_argument("--verbose", type=int, choices=(0, 1, 2))
     arguments = parser.parse_args()
+    if arguments.runs is not None and arguments.runs < 1:
+        parser.error(f"--runs: expected 1 or more, not {arguments.runs}")
     if arguments.verbose is None:
         arguments.verbose = 1 if sys.stdout.isatty() else 2
     return arguments
@@ -368,8 +377,10 @@ def main():
     unknown = set(arguments.sweep_seeds) - set(preset.seeds)
     if unknown:
         sys.exit(f"--sweep-seeds: {unknown} are not among the seeds, {preset.seeds}")
-    while left:
-        left = next_runs(left, runs, results, arguments, preset, folder)
+    made = 0
+    while left and made != arguments.runs:
+        left, trained = next_runs(left, runs, results, arguments, preset, folder)
+        made += trained
     rows = [row for run, _, _ in runs for row in results.rows_of(run)]
     if not rows:
         return
