@@ -61,6 +61,16 @@ class Backup(keras.callbacks.Callback):
         return sorted(name for name in names if name[0].isdigit())
 
 
+def forget_models():
+    """Frees what the models of this process hold; the dtype policy in force stays.
+
+    `keras.utils.clear_session` alone sets it back to float32.
+    """
+    policy = keras.config.dtype_policy()
+    keras.utils.clear_session(free_memory=True)
+    keras.config.set_dtype_policy(policy)
+
+
 class PeakRate(keras.optimizers.schedules.LearningRateSchedule):
     """A schedule times a highest learning rate that is a variable of an optimizer.
 

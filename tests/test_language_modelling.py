@@ -3,7 +3,9 @@
 import csv
 import gzip
 import math
+from types import SimpleNamespace
 
+import keras
 import numpy as np
 import pytest
 
@@ -142,6 +144,26 @@ if BACKEND == "torch":
         scores = lm.score(example.lm_text.windows_before(text, ends, 16))
         last = -scores[:, -7:].mean() / math.log(2)
         assert abs(last - line("last", 16)[0]) < 1e-4
+
+    def test_every_run_has_the_precision_asked_for(
+        example, text, tmp_path, monkeypatch
+    ):
+        example.lm_text.pack(text, tmp_path / "text.npz")
+        found = []
+
+        def train(run, *_):
+            found.append((run["dtype"], keras.config.dtype_policy().name))
+            line = dict(measure="last", context=16, bits_per_byte=1.0, seconds=1.0)
+            return [line], SimpleNamespace(remove=lambda: None)
+
+        monkeypatch.setattr(example, "train", train)
+        monkeypatch.setattr(example, "tables", lambda rows: "")
+        options = [*OPTIONS.split(), "--text", str(tmp_path / "text.npz")]
+        options += ["--out", str(tmp_path), "--dtype", "mixed_bfloat16"]
+        policy = keras.config.dtype_policy()
+        example.main([*options, "--models", "single", "mom"])
+        keras.config.set_dtype_policy(policy)
+        assert found == 2 * [2 * ("mixed_bfloat16",)]
 
     def test_a_run_is_taken_up_and_then_left_out(example, text, tmp_path, monkeypatch):
         example.lm_text.pack(text, tmp_path / "text.npz")

@@ -137,6 +137,26 @@ def test_some_runs_alone(example, tmp_path, monkeypatch, capsys):
     assert "--runs: expected 1 or more, not 0" in capsys.readouterr().err
 
 
+def test_every_run_has_the_precision_asked_for(example, tmp_path, monkeypatch):
+    """Keras forgets its policy where it frees the models before."""
+    found = []
+
+    def train(run, *_):
+        found.append((run["dtype"], keras.config.dtype_policy().name))
+        return _trained_by_nobody()
+
+    command = "run.py --preset small --models single --seeds 0 1 --no-plots"
+    command += " --dtype mixed_bfloat16 --out"
+    monkeypatch.setattr(sys, "argv", [*command.split(), str(tmp_path)])
+    monkeypatch.setattr(example, "train", train)
+    example.main()
+    assert found == 2 * [2 * ("mixed_bfloat16",)]
+    keras.config.set_dtype_policy("float32")
+    sys.argv[sys.argv.index("mixed_bfloat16")] = "float32"
+    example.main()  # runs of their own
+    assert found[2:] == 2 * [2 * ("float32",)]
+
+
 def _trained_by_nobody(*_):
     line = dict(test="T 8", length=8, state=1, active_state=1, parameters=1)
     line |= dict(validation=0.5, accuracy=0.5, seconds=1.0, backend="", hardware="")

@@ -36,7 +36,7 @@ sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import keras
 import lm_text
-from bookkeeping import Backup, Results, draw, hardware
+from bookkeeping import Backup, Results, draw, forget_models, hardware
 from lm_evaluation import measure
 from lm_models import (
     KINDS,
@@ -270,7 +270,7 @@ def main(given=None):
             name = f"{line['measure']} {line['context']:,}"
             print(f"    {name:<20} {line['bits_per_byte']} bits per byte")
         print(f"    {lines[0]['seconds']:.0f} s", flush=True)
-        keras.utils.clear_session(free_memory=True)
+        forget_models()
     rows = [row for run, _ in runs for row in results.rows_of(run)]
     if not rows:
         return

@@ -29,6 +29,7 @@ RUN = (
     "batch_size",
     "weight_decay",
     "learning_rate",
+    "dtype",
     "seed",
     "data",
 )

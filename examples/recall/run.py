@@ -30,7 +30,7 @@ sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import keras
 import numpy as np
-from bookkeeping import Backup, PeakRate, Results, draw, hardware
+from bookkeeping import Backup, PeakRate, Results, draw, forget_models, hardware
 from recall_models import KINDS, WITHOUT_RULE, ModelSettings, build_model
 from recall_results import MEASURED, RUN, best, plot, run_name, table
 from recall_settings import PRESETS
@@ -137,6 +137,7 @@ def list_runs(preset):
                                 batch_size=preset.batch_size,
                                 weight_decay=preset.weight_decay,
                                 learning_rate=rate,
+                                dtype=keras.config.dtype_policy().name,
                                 seed=seed,
                                 data=data[:8],
                             )
@@ -292,7 +293,7 @@ def next_runs(left, runs, results, arguments, preset, folder):
             for line in lines:
                 print(f"    {line['test']:<24} accuracy {line['accuracy']:.3f}")
             print(f"    {lines[0]['seconds']:.0f} s", flush=True)
-            keras.utils.clear_session(free_memory=True)
+            forget_models()
         return others + left[number + 1 :], True
     if others:  # what is left depends on other processes, or is theirs
         time.sleep(2)
