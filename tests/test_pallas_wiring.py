@@ -40,11 +40,12 @@ if keras.backend.backend() == "jax":
 
             return call
 
-        for module, name in (
-            (scan_kernels, "memory_scan"),
-            (step_kernels, "memory_step"),
+        for module, name, platform in (
+            (scan_kernels, "memory_scan", "kernels"),
+            (step_kernels, "memory_step", "kernels"),
+            (step_kernels, "convolution_step", "platform"),
         ):
-            function = counted(getattr(module, name), kernels=request.param)
+            function = counted(getattr(module, name), **{platform: request.param})
             monkeypatch.setattr(module, name, function)
         function = counted(row_kernels.packed_convolution)
         monkeypatch.setattr(row_kernels, "packed_convolution", function)
@@ -125,7 +126,7 @@ if keras.backend.backend() == "jax":
         for t in range(3):
             output, state = layer(inputs[:, t : t + 1], initial_state=state)
             assert error(output[:, 0], expected[:, t]) <= 1e-5
-        assert set(accelerator.calls) == {"memory_step"}
+        assert set(accelerator.calls) == {"convolution_step", "memory_step"}
 
     def test_what_no_kernel_serves_is_portable(accelerator):
         query, value = jnp.ones((1, 4, 2, 16)), jnp.ones((1, 4, 2, 24))

@@ -9,7 +9,6 @@ from keras_mom import backend
 from keras_mom.ops.constants import select
 from keras_mom.ops.dispatch import dispatch, register
 from keras_mom.ops.normalization import l2_normalize
-from keras_mom.ops.padding import pad
 from keras_mom.ops.short_convolution import short_convolution
 
 
@@ -157,13 +156,14 @@ def memory_step(
 
 @register("spread_routing", "portable")
 def _portable_routing(weights, indices, mask, *, num_memories, shared):
-    index = ops.arange(num_memories, dtype="int32")
+    index = ops.arange(num_memories + shared, dtype="int32")
     chosen = indices[..., None] == index
     active = ops.any(chosen, axis=1)
     spread = ops.sum(select(chosen, weights[..., None], 0.0), axis=1)
     if shared:
-        active = pad(active, 1, after=1, fill=1)
-        spread = pad(spread, 1, after=1, fill=1)
+        routed = index < num_memories
+        active = ops.logical_or(active, ops.logical_not(routed))
+        spread = select(routed, spread, 1.0)
     if mask is not None:
         active = ops.logical_and(active, mask[:, None])
     return spread, active

@@ -50,6 +50,15 @@ def _step(query, key, value, *, in_place, parts, **options):
     return step_kernels.memory_step(query, key, value, **options)
 
 
+@register("convolution_step", "pallas")
+def _convolution_step(query, *tensors, in_place, parts, **options):
+    # XLA sees for itself where a window may be overwritten.
+    del in_place, parts
+    scan_kernels.platform()
+    _check_static(query)
+    return step_kernels.convolution_step(query, *tensors, **options)
+
+
 @register("packed_convolution", "pallas")
 def _packed_convolution(inputs, kernel, *places, **options):
     if scan_kernels.platform() == "gpu" and kernel is not None:

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from keras_mom_kernels.memory_scan.jax import memory_scan
 from keras_mom_kernels.memory_scan.shapes import Case, make_inputs
 from keras_mom_kernels.memory_step import shapes as step_shapes
-from keras_mom_kernels.memory_step.jax import memory_step
+from keras_mom_kernels.memory_step.jax import convolution_step, memory_step
 
 BATCH, HEADS = 4, 2
 MESH = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
@@ -29,12 +29,20 @@ GATHERS = ("all-gather", "all-to-all", "all-reduce", "collective-permute")
 
 def shard(x, heads_axis):
     axes: list = [None] * x.ndim
-    axes[0], axes[heads_axis] = "data", "model"
+    axes[0] = "data"
+    if heads_axis is not None:
+        axes[heads_axis] = "model"
     return jax.device_put(x, NamedSharding(MESH, PartitionSpec(*axes)))
 
 
-def check(name, function, inputs, heads_axes):
-    """The sharded call gives what one device gives, and moves nothing."""
+def check(name, function, inputs, heads_axes, parts=8):
+    """The sharded call gives what one device gives, and moves nothing.
+
+    Args:
+        heads_axes: of inputs by name, where it is not the third; None for heads that
+            are not sharded.
+        parts: of each result.
+    """
     program = jax.jit(function)
     expected = program(inputs)
     sharded = {name: shard(x, heads_axes.get(name, 2)) for name, x in inputs.items()}
@@ -44,7 +52,7 @@ def check(name, function, inputs, heads_axes):
     results = program(sharded)
     for x, y in zip(jax.tree.leaves(results), jax.tree.leaves(expected), strict=True):
         assert len(x.sharding.device_set) == 8
-        assert x.addressable_shards[0].data.size == x.size // 8, name
+        assert x.addressable_shards[0].data.size == x.size // parts, name
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5, err_msg=name)
     print(name, "ok", flush=True)
 
@@ -95,6 +103,26 @@ def check_step():
         )
 
     check("step", step, inputs, {})
+
+    case = step_shapes.Case("", B=BATCH, H=HEADS)
+    _, kernels, window = step_shapes.make_state(case)
+    query, key, value = step_shapes.make_tokens(case)[0]["projected"]
+    inputs = dict(query=query, key=key, value=value, window=window)
+    inputs = {name: jnp.asarray(x, "float32") for name, x in inputs.items()}
+    kernels = [jnp.asarray(x, "float32") for x in kernels]
+
+    def convolution(inputs):
+        return convolution_step(
+            **inputs,
+            kernels=kernels,
+            active=active,
+            **case.how,
+            platform="gpu",
+            interpret=True,
+        )
+
+    # A window has the heads of query, key and value side by side.
+    check("convolution step", convolution, inputs, dict.fromkeys(inputs), parts=4)
 
 
 if __name__ == "__main__":

@@ -17,5 +17,5 @@ def test_shards_are_computed_where_they_lie():
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    ok = ["head", "channel", "step", "vmap"]
+    ok = ["head", "channel", "step", "convolution step", "vmap"]
     assert done.stdout.split("\n")[:-1] == [f"{name} ok" for name in ok]

@@ -1,6 +1,6 @@
 """One token through a layer's memories, on JAX: a Pallas kernel on GPUs.
 
-    from keras_mom_kernels.memory_step.jax import memory_step
+    from keras_mom_kernels.memory_step.jax import convolution_step, memory_step
 
 A launch reads and writes each state once. On a TPU, XLA fuses the same products. The
 gradient is that of the plain products.
@@ -14,7 +14,10 @@ import jax.numpy as jnp
 
 from keras_mom_kernels.jax_partitioning import by_shards
 from keras_mom_kernels.memory_scan.jax import check_served, platform
+from keras_mom_kernels.memory_step.jax_convolution import convolution_step
 from keras_mom_kernels.memory_step.pallas_step import step_memories
+
+__all__ = ["convolution_step", "memory_step"]
 
 
 class Rule(NamedTuple):
