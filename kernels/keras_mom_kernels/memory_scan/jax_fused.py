@@ -4,7 +4,6 @@ Each pass over the rows is a kernel; the backward pass keeps the inputs alone an
 computes the rest again.
 """
 
-import jax
 import jax.numpy as jnp
 
 from keras_mom_kernels.memory_scan import (

@@ -12,14 +12,18 @@ query-key products and the output, nothing that is computed goes through shared 
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import mosaic_gpu
 
 from keras_mom_kernels.memory_scan.pallas_common import target
+
+# Older releases, which this module can be imported in, have less of it.
+plgpu: Any = mosaic_gpu
 
 # C, K and V; and the value channels of a group.
 _ROWS, _KEYS, _VALUES, _BLOCK = 64, 128, 128, 64
@@ -71,10 +75,8 @@ def check_served(query, key, value, log_decay, resets, options, interpret):
         f"needs jax {'.'.join(map(str, _RELEASE))} or later, not {jax.__version__}",
     )
     kind, capability = ("cuda", 90) if interpret else target()
-    served(
-        (kind, capability) == ("cuda", 90),
-        f"needs a GPU of sm_90, not {'sm_' * (kind == 'cuda')}{capability or kind}",
-    )
+    name = f"sm_{capability}" if kind == "cuda" else kind
+    served(name == "sm_90", f"needs a GPU of sm_90, not {name}")
 
 
 def forward(plan, tensors, *wanted):
@@ -101,7 +103,6 @@ def forward(plan, tensors, *wanted):
         refs = dict(zip(names, refs)) | scratch
         _program(refs, (batch, chunks, heads, segments), plan.scale)
 
-    # The interpreter is not in all releases that this module can be imported in.
     how = plgpu.InterpretGPUParams(detect_races=True) if plan.interpret else None
     results = plgpu.kernel(
         body,
