@@ -34,8 +34,8 @@ _LOADING, _COMPUTING = 72, 216
 # What `_row_factors` returns, in this order.
 _INTO_QUERY, _INTO_KEY, _TO_END, _BETA, _COARSE, _FINE = range(6)
 _LINES = 6
-# Tensors that are loaded chunk by chunk, but for the values.
-_LOADED = ("query", "key", "rows", "inverse")
+# Copies that load a chunk.
+_COPIES = 4 + _GROUPS
 # The release that it was run with.
 _RELEASE = (0, 11, 2)
 _F32, _BF16 = jnp.float32, jnp.bfloat16
@@ -159,7 +159,7 @@ def _scratch():
         pair_tiles=tiles(_STAGES, 2, _ROWS, _ROWS),
         rows_tiles=plgpu.SMEM((_STAGES, _LINES, _ROWS), _F32),
         output_tiles=tiles(_GROUPS, _ROWS, _BLOCK),
-        loaded=barriers(len(_LOADED) + _GROUPS),
+        loaded=barriers(_COPIES),
         paired=barriers(1),
         consumed=barriers(_GROUPS),
     )
@@ -213,22 +213,18 @@ def _load(refs, heads, head, chunk, slot):
     """Starts to load what a chunk takes."""
     rows, keys = pl.ds(chunk * _ROWS, _ROWS), pl.ds(head * _KEYS, _KEYS)
     own = chunk * heads + head
-    places = dict(
-        query=(rows, keys),
-        key=(rows, keys),
-        rows=(pl.ds(own * _LINES, _LINES),),
-        inverse=(pl.ds(own * 2, 2),),
-    )
 
     def copy(name, place, *target):
         tiles = refs[f"{name}_tiles"].at[slot, *target]
         plgpu.copy_gmem_to_smem(refs[name].at[place], tiles, refs["loaded"].at[slot])
 
-    for name in _LOADED:
-        copy(name, places[name])
+    copy("key", (rows, keys))
+    copy("rows", pl.ds(own * _LINES, _LINES))
+    copy("query", (rows, keys))
     for group in range(_GROUPS):
         values = pl.ds(head * _VALUES + group * _BLOCK, _BLOCK)
         copy("value", (rows, values), group)
+    copy("inverse", pl.ds(own * 2, 2))
 
 
 def _pair_rows(refs, slot):
