@@ -6,6 +6,9 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 # Where libtpu is installed, JAX looks for a TPU: it has an environment of its own.
 TPU_VENV ?= .venv-tpu
+# The Mosaic kernel needs a JAX of Python 3.12, and pytest.
+MOSAIC_PYTHON ?= python3.12
+MOSAIC_VENV ?= .venv-mosaic
 # KerasHub asks for the whole of TensorFlow: what it really needs lies in a folder.
 KERAS_HUB := $(VENV)/keras-hub
 
@@ -28,7 +31,7 @@ test: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 pins_torch := torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench-cpu recall test-keras-hub compile-tpu clean
+.PHONY: help demo test lint bench-cpu recall test-keras-hub compile-tpu test-mosaic clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -77,8 +80,12 @@ test-keras-hub: $(KERAS_HUB)/.installed ## Run KerasHub's own tests of backbones
 compile-tpu: $(TPU_VENV)/.installed ## Compile the memory scan for TPUs, of which none is needed
 	PYTHONPATH=kernels $(TPU_VENV)/bin/python tests/kernels/compile_tpu.py
 
+test-mosaic: $(MOSAIC_VENV)/.installed ## Test the Mosaic kernel, under Python 3.12
+	JAX_PLATFORMS=cpu $(MOSAIC_VENV)/bin/python -m pytest -q --noconftest \
+	    tests/kernels/test_memory_scan_mosaic.py
+
 clean: ## Remove the environment, caches and build outputs
-	rm -rf $(VENV) $(TPU_VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TPU_VENV) $(MOSAIC_VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(PY):
@@ -100,4 +107,9 @@ $(KERAS_HUB)/.installed: $(VENV)/.installed-test
 $(TPU_VENV)/.installed: Makefile
 	$(PYTHON) -m venv $(TPU_VENV)
 	$(TPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check 'jax[tpu]==0.10.2'
+	@touch $@
+
+$(MOSAIC_VENV)/.installed: Makefile
+	$(MOSAIC_PYTHON) -m venv $(MOSAIC_VENV)
+	$(MOSAIC_VENV)/bin/python -m pip install --quiet --disable-pip-version-check jax==0.11.2 pytest
 	@touch $@

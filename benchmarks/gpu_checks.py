@@ -36,6 +36,7 @@ class Job(NamedTuple):
     value_dim: int
     lengths: tuple
     heads: int = 2
+    state: bool = True
 
 
 def jobs():
@@ -62,8 +63,23 @@ def jobs():
         yield Job(dtype, "channel", "delta", True, 64, 64, (5000,), heads=1)
 
 
+def mosaic_jobs():
+    """What the Mosaic kernel of Pallas serves."""
+    for decay, state in itertools.product(("none", "head"), (False, True)):
+        yield _mosaic_job(decay, LENGTHS, state=state)
+    # Long ones, and one that is cut into splits, of every draw; then longer ones.
+    yield _mosaic_job("head", (0, 1, 63, 64, 65, 900))
+    yield _mosaic_job("head", (990,), heads=1)
+    yield _mosaic_job("head", LONG, heads=1)
+    yield _mosaic_job("head", (5000,), heads=1)
+
+
+def _mosaic_job(decay, lengths, **options):
+    return Job("bfloat16", decay, "delta", False, 128, 128, lengths, **options)
+
+
 def draw(job, correlation, lowest, highest, seed=0):
-    """Inputs on the GPU, by the names of the arguments, with a state."""
+    """Inputs on the GPU, by the names of the arguments, with a state or zeros."""
     generator = torch.Generator("cuda").manual_seed(seed)
 
     def normal(*shape):
@@ -86,7 +102,7 @@ def draw(job, correlation, lowest, highest, seed=0):
         inputs["log_decay"] = highest + (lowest - highest) * share
     inputs = {name: x.to(getattr(torch, job.dtype)) for name, x in inputs.items()}
     states = (len(job.lengths), job.heads, job.key_dim, job.value_dim)
-    return inputs | {"initial_state": normal(*states)}
+    return inputs | {"initial_state": normal(*states) * job.state}
 
 
 def recurrence(job, inputs):
@@ -152,6 +168,8 @@ def check(job, run):
         expected, expected_state = recurrence(job, exact)
         torch.manual_seed(seed)
         cotangents = [torch.randn_like(inputs[x]) for x in ("value", "initial_state")]
+        if not job.state:
+            del inputs["initial_state"]
         output, state, grads = run(inputs, cotangents, borders, options)
         wanted = cotangents[0][:, :rows].double(), cotangents[1].double()
         torch.autograd.backward((expected, expected_state), wanted)
@@ -161,7 +179,7 @@ def check(job, run):
             rest=output[:, rows:].abs().max().item(),
         )
         gradients = {
-            name: relative_error(grads[name], exact[name].grad) for name in exact
+            name: relative_error(grads[name], exact[name].grad) for name in inputs
         }
         found.append((chosen, errors, gradients))
     return job, found, time.time() - started
@@ -175,15 +193,16 @@ def checked(job, run):
         return job, traceback.format_exc().strip().splitlines()[-1], 0.0
 
 
-def run_checks(workers, first=0, run=run_triton):
+def run_checks(workers, first=0, run=run_triton, todo=None):
     """Prints a line a job; returns how many are above a limit.
 
     Args:
         workers: number of processes.
         first: number of jobs to leave out.
         run: computes what is checked, as `run_triton`.
+        todo: the jobs; None for all.
     """
-    todo = list(jobs())[first:]
+    todo = list(jobs() if todo is None else todo)[first:]
     failed = 0
     context = multiprocessing.get_context("spawn")
     # A process each: what a kernel destroys takes no other job along.
@@ -192,7 +211,7 @@ def run_checks(workers, first=0, run=run_triton):
         for job, found, seconds in results:
             rule = f"{job.decay} {job.write}" + " before" * job.erase_before_decay
             name = f"{job.dtype:8} {rule:21} K {job.key_dim:3} V {job.value_dim:3}"
-            name += f" longest {max(job.lengths):4}"
+            name += f" longest {max(job.lengths):4}" + " no state" * (not job.state)
             if isinstance(found, str):
                 failed += 1
                 print(f"FAIL {name} {found}", flush=True)

@@ -7,6 +7,11 @@
     PYTHONPATH=.:kernels python benchmarks/gpu_jax.py model   24 layers
     PYTHONPATH=.:kernels python benchmarks/gpu_jax.py         all of these
 
+With `--mosaic`, `check` checks the Mosaic kernel of Hopper GPUs alone, which it
+otherwise does at the end, and `time` and `layer` time it beside the present kernels:
+
+    PYTHONPATH=.:kernels python benchmarks/gpu_jax.py check time layer --mosaic
+
 The counterpart of `gpu.py`, with torch beside it: it draws the inputs and computes the
 recurrence, and the Triton kernels are timed in the same process. `time` needs Keras for
 the portable form, `layer` and `model` for the layer.
@@ -27,7 +32,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import torch  # noqa: E402
-from gpu_checks import run_checks  # noqa: E402
+from gpu_checks import mosaic_jobs, run_checks  # noqa: E402
 from gpu_peers import rwkv_scan  # noqa: E402
 from gpu_scan import (  # noqa: E402
     Times,
@@ -67,6 +72,16 @@ def run_pallas(inputs, cotangents, borders, options):
         tensor(state),
         {name: tensor(x) for name, x in grads.items()},
     )
+
+
+def run_mosaic(inputs, cotangents, borders, options):
+    """The same with the Mosaic kernel, twice, which has to make no difference."""
+    options = options | dict(kernels="mosaic")
+    found = run_pallas(inputs, cotangents, borders, options)
+    again = run_pallas(inputs, cotangents, borders, options)
+    if not all(map(torch.equal, found[:2], again[:2])):
+        raise RuntimeError("two runs of the same call differ")
+    return found
 
 
 @functools.cache
@@ -143,7 +158,17 @@ def portable(**packing):
     return scan
 
 
-def run_timings(names, with_portable):
+def why_no_mosaic():
+    """Why the Mosaic kernel serves nothing here, or None."""
+    rows = jax.ShapeDtypeStruct((1, 64, 1, 128), jnp.bfloat16)
+    try:
+        jax.eval_shape(functools.partial(memory_scan, kernels="mosaic"), *[rows] * 3)
+    except NotImplementedError as error:
+        return str(error)
+    return None
+
+
+def run_timings(names, with_portable, with_mosaic):
     print(torch.cuda.get_device_name(), "jax", jax.__version__, torch.__version__)
     known = shapes()
     for name in names or known:
@@ -166,6 +191,8 @@ def run_timings(names, with_portable):
             theirs = measure(packed_scan(**packing), tensors)
             report(f"{form}, Triton", shape, theirs)
             compare("Pallas", ours, "Triton", theirs)
+            if with_mosaic:
+                time_mosaic(form, shape, arrays, places, ours)
             if with_portable:
                 theirs = measure_jax(portable(**places), arrays)
                 report(f"{form}, portable", shape, theirs)
@@ -173,6 +200,19 @@ def run_timings(names, with_portable):
             peer = rwkv_scan(shape) if form == name else None
             if peer is not None:
                 time_peer(name, shape, peer, arrays, ours)
+
+
+def time_mosaic(form, shape, arrays, places, theirs):
+    def scan(**x):
+        return memory_scan(**x, **places, kernels="mosaic")[0]
+
+    try:
+        ours = measure_jax(scan, arrays)
+    except NotImplementedError as error:
+        print(f"{form}, Mosaic: {error}")
+        return
+    report(f"{form}, Mosaic", shape, ours)
+    compare("Mosaic", ours, "Pallas", theirs)
 
 
 def time_peer(name, shape, peer, arrays, ours):
@@ -212,20 +252,29 @@ def main():
     parser.add_argument("--parts", nargs="*", choices=parts, default=parts)
     parser.add_argument("--shapes", nargs="*", choices=tuple(shapes()), default=())
     parser.add_argument("--portable", action="store_true", help="time it beside")
+    parser.add_argument("--mosaic", action="store_true", help="check and time it")
     arguments = parser.parse_args()
     if jax.default_backend() != "gpu":
         sys.exit("This needs a GPU.")
     failed = 0
     if "check" in arguments.what:
-        failed = run_checks(arguments.workers, arguments.first, run_pallas)
+        if not arguments.mosaic:
+            failed = run_checks(arguments.workers, arguments.first, run_pallas)
+        reason = why_no_mosaic()
+        if reason is None:
+            print("The Mosaic kernel:")
+            failed += run_checks(arguments.workers, 0, run_mosaic, mosaic_jobs())
+        else:
+            print(f"Not checked: {reason}")
+            failed += arguments.mosaic
     if "time" in arguments.what:
-        run_timings(arguments.shapes, arguments.portable)
+        run_timings(arguments.shapes, arguments.portable, arguments.mosaic)
     if "profile" in arguments.what:
         run_profile()
     if "layer" in arguments.what:
         from gpu_jax_layer import run_layer
 
-        run_layer(arguments.portable)
+        run_layer(arguments.portable, arguments.mosaic)
     if "model" in arguments.what:
         from gpu_jax_layer import run_model
 

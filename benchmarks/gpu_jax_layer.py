@@ -1,6 +1,8 @@
 """Times of `MoMLayer` and of a language model of such layers on a GPU, on JAX."""
 
+import functools
 import time
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,8 @@ from gpu_models import (
     mom_layer,
 )
 from gpu_scan import kernel_time, print_kernels
+
+from keras_mom_kernels.memory_scan import jax as scans
 
 
 def values(variables):
@@ -56,8 +60,12 @@ def time_layer(name, layer):
     print_kernels(lambda: jax.block_until_ready(program(weights, x)), least=0.03)
 
 
-def run_layer(with_portable=False):
+def run_layer(with_portable=False, with_mosaic=False):
     time_layer("MoMLayer", mom_layer())
+    if with_mosaic:
+        scan = functools.partial(scans.memory_scan, kernels="mosaic")
+        with mock.patch.object(scans, "memory_scan", scan):
+            time_layer("MoMLayer, Mosaic", mom_layer())
     if with_portable:
         time_layer("MoMLayer, portable", mom_layer(implementation="portable"))
 

@@ -69,6 +69,8 @@ def memory_scan(
             `[B, S, H, K, V]` with `chunk_offsets`. None for zeros.
         scale: factor of the query, `K ** -0.5` by default.
         kernels: `"gpu"` or `"tpu"`; None for those of the platform that JAX runs on.
+            `"mosaic"` for the forward kernel of Hopper GPUs, `mosaic_scan`, which
+            serves some calls.
         interpret: whether the kernels run in Pallas' interpreter, for tests.
 
     Returns:
@@ -90,7 +92,9 @@ def memory_scan(
     rows = [query, key, value, log_decay, beta]
     size = chunk_size if chunk_offsets is not None else CHUNK_SIZE
     options = ScanOptions(write, bool(erase_before_decay), size, 1, scale)
-    fused = kernels == "gpu" and (log_decay is None or log_decay.ndim == 3)
+    if kernels == "mosaic":
+        _check_mosaic(query, key, value, log_decay, resets, options, interpret)
+    fused = kernels in ("gpu", "mosaic") and (log_decay is None or log_decay.ndim == 3)
     dtype_of_products = _products(kernels, query, key, value)
     scan = _function(options, kernels, fused, interpret, dtype_of_products)
     if chunk_offsets is not None:
@@ -135,6 +139,15 @@ def check_served(query, key, value, kernels):
     for x in (query, key, value):
         if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
             raise NotImplementedError(f"no Pallas kernel for {x.dtype}")
+
+
+def _check_mosaic(*call):
+    try:
+        # Not every JAX has what this imports.
+        from keras_mom_kernels.memory_scan import mosaic_scan
+    except ImportError as error:
+        raise NotImplementedError("this JAX has no Mosaic GPU") from error
+    mosaic_scan.check_served(*call)
 
 
 def _products(kernels, *tensors):

@@ -4,7 +4,6 @@ Each pass over the rows is a kernel; the backward pass keeps the inputs alone an
 computes the rest again.
 """
 
-import jax
 import jax.numpy as jnp
 
 from keras_mom_kernels.memory_scan import (
@@ -18,7 +17,7 @@ from keras_mom_kernels.memory_scan.chunk_algebra import (
     CumulativeDecay,
 )
 from keras_mom_kernels.memory_scan.configurations import configuration
-from keras_mom_kernels.memory_scan.pallas_common import Plan
+from keras_mom_kernels.memory_scan.pallas_common import Plan, target
 from keras_mom_kernels.memory_scan.pallas_prepare import prepare
 from keras_mom_kernels.memory_scan.pallas_splits import (
     gradients_behind,
@@ -33,8 +32,12 @@ _ALGEBRA = ChunkAlgebra(jax_arrays.EXACT)
 
 def plan(options, kernels, interpret, dtype):
     """What `forward` and `backward` take first."""
-    del kernels
-    return options, interpret, dtype
+    if kernels == "mosaic":
+        # Not every JAX has what this imports.
+        from keras_mom_kernels.memory_scan import mosaic_scan as scan
+    else:
+        scan = pallas_scan
+    return options, scan, interpret, dtype
 
 
 def forward(how, *tensors):
@@ -46,15 +49,16 @@ def forward(how, *tensors):
             state, of aligned rows.
     """
     chunks = _Chunks(how, tensors)
-    plan, known = chunks.plan, chunks.tensors
+    plan, known, scan = chunks.plan, chunks.tensors, how[1]
+    known |= prepare(plan, known, attention=scan is pallas_scan)
     splits = make_splits(plan, known)
     if splits is None:
-        results = pallas_scan.forward(plan, known, "output", "final")
+        results = scan.forward(plan, known, "output", "final")
         output, final = results["output"], results["final"]
     else:
         before, final = states_before(plan, known, splits)
         known |= dict(offsets=splits.offsets, initial=before)
-        output = pallas_scan.forward(plan, known, "output")["output"]
+        output = scan.forward(plan, known, "output")["output"]
     return chunks.rows(output, chunks.value_dim), chunks.states(final)
 
 
@@ -62,6 +66,7 @@ def backward(how, output_grad, final_grad, *tensors):
     """Gradients of all that `forward` takes; None of integers."""
     chunks = _Chunks(how, tensors)
     plan, known = chunks.plan, chunks.tensors
+    known |= prepare(plan, known)
     known["output_grad"] = chunks.split(output_grad, chunks.value_width)
     known["final_grad"] = chunks.padded_states(final_grad)
     splits = make_splits(plan, known)
@@ -106,25 +111,25 @@ class _Chunks:
 
     Attributes:
         plan: `Plan`.
-        tensors: dict of what `pallas_scan.forward` takes.
+        tensors: dict of what `prepare` takes.
         key_dim, value_dim: K and V of the call; the kernels' are powers of two.
     """
 
     def __init__(self, how, tensors):
-        options, interpret, dtype = how
+        options, _, interpret, dtype = how
         query, key, value, log_decay, beta, resets, offsets, initial = tensors
         self.size = options.chunk_size
         self.key_dim, self.value_dim = key.shape[-1], value.shape[-1]
         delta = options.write == "delta"
         exclusive = delta and options.erase_before_decay and log_decay is not None
-        target, capability = ("cuda", 90) if interpret else _target()
+        kind, capability = ("cuda", 90) if interpret else target()
         config = configuration(
             self.key_dim,
             self.value_dim,
             jnp.dtype(dtype).name,
             "none" if log_decay is None else "head",
             exclusive,
-            target,
+            kind,
             capability,
         )
         self.plan = Plan(
@@ -148,7 +153,6 @@ class _Chunks:
             initial=self.padded_states(initial),
             **self.decays(log_decay),
         )
-        self.tensors |= prepare(self.plan, self.tensors)
 
     def split(self, x, width):
         """`[B, T, H, N]` to `[B, G, C, H, width]`."""
@@ -206,15 +210,3 @@ def _padded(x, widths):
     if all(behind == 0 for _, behind in missing):
         return x
     return jnp.pad(x, [(0, 0)] * axes + missing)
-
-
-def _target():
-    """The kind of GPU that JAX runs on, and its capability."""
-    try:
-        device = jax.local_devices(backend="gpu")[0]
-    except RuntimeError:
-        # Nothing runs here: the kernels are lowered for another machine.
-        return "cuda", 90
-    if "rocm" in device.client.platform_version.lower():
-        return "hip", 0
-    return "cuda", round(10 * float(device.compute_capability))

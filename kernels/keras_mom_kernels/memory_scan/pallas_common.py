@@ -81,6 +81,18 @@ class Plan(NamedTuple):
         return rounded, self.operand(x - rounded.astype(jnp.float32))
 
 
+def target():
+    """The kind of GPU that JAX runs on, `"cuda"` or `"hip"`, and its capability."""
+    try:
+        device = jax.local_devices(backend="gpu")[0]
+    except RuntimeError:
+        # Nothing runs here: the kernels are lowered for another machine.
+        return "cuda", 90
+    if "rocm" in device.client.platform_version.lower():
+        return "hip", 0
+    return "cuda", round(10 * float(device.compute_capability))
+
+
 def barrier(plan):
     """Waits until all of a program's threads have stored what they had to."""
     if not plan.interpret:

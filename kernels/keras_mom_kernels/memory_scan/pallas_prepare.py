@@ -21,29 +21,32 @@ from keras_mom_kernels.memory_scan.pallas_common import (
 _BLOCK = 16
 
 
-def prepare(plan, tensors):
+def prepare(plan, tensors, attention=True):
     """`attention` and, for the delta rule, `inverse`: `[B, G, H, parts, C, C]`.
 
     Args:
         plan: `Plan`.
-        tensors: dict of what `pallas_scan.arrange` returns.
+        tensors: dict of what `pallas_scan.forward` takes, but for these.
+        attention: whether it is wanted; without it only for the delta rule.
     """
     batch, chunks, size, heads, _ = tensors["key"].shape
     grid = (heads, chunks, batch)
     pairs = (batch, chunks, heads, size, size)
     squares = jax.ShapeDtypeStruct((*pairs[:3], plan.parts, size, size), plan.narrow)
-    names = "query key beta coarse fine key_coarse key_fine counts".split()
-    outputs = dict(attention=squares)
+    names = "key beta coarse fine key_coarse key_fine counts".split()
+    outputs = {}
+    if attention:
+        names.append("query")
+        outputs["attention"] = squares
     if plan.delta:
         outputs["pairs"] = jax.ShapeDtypeStruct(pairs, jnp.float32)
     inputs = {name: tensors[name] for name in names}
     results = call(pair_rows, plan, plan.config.pairs, grid, inputs, outputs)
-    prepared = dict(attention=results["attention"])
     if plan.delta:
-        inputs = dict(pairs=results["pairs"])
+        inputs = dict(pairs=results.pop("pairs"))
         outputs = dict(inverse=squares)
-        prepared |= call(solve_pairs, plan, plan.config.solve, grid, inputs, outputs)
-    return prepared
+        results |= call(solve_pairs, plan, plan.config.solve, grid, inputs, outputs)
+    return results
 
 
 def pair_rows(plan, refs):
@@ -55,12 +58,15 @@ def pair_rows(plan, refs):
     read = erase = jnp.zeros((size, size), jnp.float32)
     for start in range(0, key_dim, block):
         tile = (row, chunk, slice(None), head, pl.ds(start, block))
-        query, key = (plan.operand(refs[name][tile]) for name in ("query", "key"))
-        read += plan.dot(query, key, right=True)
+        key = plan.operand(refs["key"][tile])
+        if "attention" in refs:
+            query = plan.operand(refs["query"][tile])
+            read += plan.dot(query, key, right=True)
         if plan.delta:
             erase += plan.dot(key, key, right=True)
-    read *= head_pairs(plan, refs, place, False)
-    store_square(plan, refs["attention"], place, read)
+    if "attention" in refs:
+        read *= head_pairs(plan, refs, place, False)
+        store_square(plan, refs["attention"], place, read)
     if plan.delta:
         erase *= head_pairs(plan, refs, place, True)
         if "beta" in refs:
