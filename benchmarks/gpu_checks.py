@@ -61,6 +61,9 @@ def jobs():
         # One sequence alone is cut into splits.
         yield Job(dtype, "head", "delta", False, 128, 128, (5000,), heads=1)
         yield Job(dtype, "channel", "delta", True, 64, 64, (5000,), heads=1)
+    # A large state outweighs what nearly cancels in the gradients of correlated keys.
+    for decay, size in (("none", 128), ("head", 128), ("channel", 64)):
+        yield Job("bfloat16", decay, "delta", False, size, size, LENGTHS, state=False)
 
 
 def mosaic_jobs():

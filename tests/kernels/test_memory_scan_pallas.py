@@ -116,8 +116,19 @@ def draw_cotangents(case):
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
+def test_correlated_keys_in_bfloat16(kernels):
+    """Without decay and state a query's gradient is a sum that nearly cancels."""
+    case = Case("", B=1, T=128, H=1, K=64, V=16, decay="none", dtype="bfloat16")
+    check(case._replace(correlation=0.99, initial_state=False), kernels)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("case", SOME, ids=lambda case: case.name)
 def test_values_and_gradients_are_those_of_the_recurrence(case, kernels):
+    check(case, kernels)
+
+
+def check(case, kernels):
     rule = dict(write=case.write, erase_before_decay=case.erase_before_decay)
     inputs = {name: jnp.asarray(x) for name, x in make_inputs(case).items()}
     cotangents = draw_cotangents(case)

@@ -163,7 +163,14 @@ def row_gradients(
         pairs = tl.where(lower(t, False, False), pairs, 0.0)
     store_rows(squares, square, None, pairs)
     tl.debug_barrier()
-    dq = dot_onto(dq, operand(pairs, PRECISION), k, PRECISION)
+    if PRECISION == "bf16":
+        # What correlated keys add up to nearly cancels. Read again, operands are not
+        # spilled.
+        rounded = operand(tl.load(squares + square), PRECISION)
+        dq = dot_onto(dq, rounded, k, PRECISION)
+        dq = dot_onto(dq, remainder(pairs, rounded, PRECISION), k, PRECISION)
+    else:
+        dq = dot_onto(dq, operand(pairs, PRECISION), k, PRECISION)
     store_rows(query_grad, keys, inside, dq)
     if DECAY == "head":
         pairs *= dot(q, tl.trans(k), PRECISION)
