@@ -94,8 +94,9 @@ $(PY):
 	$(PYTHON) -m venv $(VENV)
 
 # One stamp per extra: a second run installs nothing unless pyproject.toml changed.
+# What is imported is compiled then: all of it would take half a minute.
 $(VENV)/.installed-%: pyproject.toml | $(PY)
-	$(PY) -m pip install --quiet --disable-pip-version-check $(pins_$*) -e '.[$*]'
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-compile $(pins_$*) -e '.[$*]'
 	@touch $@
 
 $(KERAS_HUB)/.installed: $(VENV)/.installed-test

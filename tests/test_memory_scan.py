@@ -37,7 +37,7 @@ if keras.backend.backend() == "tensorflow":
         "rule, packed",
         (
             (("head", "delta", False), True),
-            (("channel", "delta", True), False),
+            (("none", "additive", False), False),
             (("value", "additive", False), True),
         ),
     )
