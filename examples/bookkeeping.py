@@ -1,4 +1,4 @@
-"""What examples of many runs share: results, learning rates, backups for any kill."""
+"""What examples of many runs share: results, learning rates, backups."""
 
 import contextlib
 import csv

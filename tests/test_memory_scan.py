@@ -16,6 +16,7 @@ from keras import ops
 
 from keras_mom import backend
 from keras_mom.ops import dispatch, memory_scan
+from keras_mom.ops.memory_scan import block_size
 
 if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
@@ -54,6 +55,13 @@ else:
 
     class TestPortable(MemoryScanContract):
         implementation = "portable"
+
+
+def test_kernels_take_single_chunks():
+    lengths = (64, 200, 2048, None)
+    assert [block_size(x) for x in lengths] == [1, 4, 8, 8]
+    for name in ("triton", "pallas"):
+        assert [block_size(x, name) for x in lengths] == [1] * 4
 
 
 # Bad input: each error names the argument.

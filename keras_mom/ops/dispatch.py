@@ -46,12 +46,17 @@ def implementations(operation):
     )
 
 
+def _asked_for(implementation):
+    """The name that a call gives, or the setting; None where neither names one."""
+    return config.check_implementation(implementation) or config.get_implementation()
+
+
 def preferred(operation, implementation):
     """The implementation that `dispatch` tries first.
 
     Without an accelerator that is the portable one: kernels then refuse their calls.
     """
-    name = config.check_implementation(implementation) or config.get_implementation()
+    name = _asked_for(implementation)
     if name is not None:
         return name
     names = implementations(operation)
@@ -66,7 +71,7 @@ def dispatch(operation, implementation, *args, **kwargs):
         NotImplementedError: if the named implementation does not exist for this
             operation, or cannot serve this call.
     """
-    name = config.check_implementation(implementation) or config.get_implementation()
+    name = _asked_for(implementation)
     candidates = _REGISTRY[operation]
     if name is not None:
         if name not in candidates:
