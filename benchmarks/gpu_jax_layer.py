@@ -63,9 +63,9 @@ def time_layer(name, layer):
 def run_layer(with_portable=False, with_mosaic=False):
     time_layer("MoMLayer", mom_layer())
     if with_mosaic:
-        scan = functools.partial(scans.memory_scan, kernels="mosaic")
+        scan = functools.partial(scans.memory_scan, kernels="gpu")
         with mock.patch.object(scans, "memory_scan", scan):
-            time_layer("MoMLayer, Mosaic", mom_layer())
+            time_layer("MoMLayer, no Mosaic", mom_layer())
     if with_portable:
         time_layer("MoMLayer, portable", mom_layer(implementation="portable"))
 

@@ -39,6 +39,8 @@ Each module of this package offers the same names for one Keras backend:
   nobody reads its old values any more;
 - `block_elements()`: how many elements an elementwise computation should take at a
   time, so that its intermediates stay in the cache; None to take all at once;
+- `least_rows()`: how many rows a product with a matrix should have, since with one it
+  takes longer;
 - `unit_lower_inverse(strict)`: `(I + A)^-1` of strictly lower triangular matrices
   `[..., C, C]`, by substitution; None where the framework's own is slow. It may return
   None where a call cannot have it;
@@ -74,6 +76,7 @@ sum_rows_by_index = _implementation.sum_rows_by_index
 softplus = _implementation.softplus
 overwrites_variables = _implementation.overwrites_variables
 block_elements = _implementation.block_elements
+least_rows = _implementation.least_rows
 check_export = _implementation.check_export
 unit_lower_inverse = _implementation.unit_lower_inverse
 
@@ -89,6 +92,7 @@ __all__ = [
     "full_precision",
     "gather_batch",
     "is_concrete",
+    "least_rows",
     "overwrites_variables",
     "scan",
     "sum_rows_by_index",

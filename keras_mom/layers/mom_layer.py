@@ -18,6 +18,7 @@ from keras_mom.layers.state import StateMixin
 from keras_mom.layers.token_mixing import mix_token
 from keras_mom.ops.constants import select
 from keras_mom.ops.memory_mixing import OutputNorm
+from keras_mom.ops.projection import project
 from keras_mom.ops.routing import routing_statistics
 from keras_mom.rules.base import per_memory_dense
 
@@ -358,10 +359,10 @@ class MoMLayer(StateMixin, ProjectionsMixin, RoutingRecordMixin, keras.layers.La
         )
         tokens = Tokens(
             inputs,
-            self.query_projection(inputs),
+            project(self.query_projection, inputs),
             self.key_projection,
             self.value_projection,
-            tuple(self.update_rule.project(inputs)),
+            tuple(project(self.update_rule.project, inputs)),
         )
         kernels = None
         if self.convolution_kernels is not None:
@@ -382,7 +383,7 @@ class MoMLayer(StateMixin, ProjectionsMixin, RoutingRecordMixin, keras.layers.La
             mixed, state = mix_token(*common, state, options)
         else:
             mixed, state = mix_sequence(*common, segment_ids, state, options)
-        output = self.output_projection(mixed)
+        output = project(self.output_projection, mixed)
         if not self.return_sequences:
             output = _last_valid(output, mask)
         return output, state if return_state else None, statistics
@@ -397,7 +398,9 @@ class MoMLayer(StateMixin, ProjectionsMixin, RoutingRecordMixin, keras.layers.La
         return self.router(inputs, top_k=self.top_k, implementation=self.implementation)
 
     def _output_norm(self, inputs):
-        gate = None if self.gate_projection is None else self.gate_projection(inputs)
+        gate = None
+        if self.gate_projection is not None:
+            gate = project(self.gate_projection, inputs)
         scale = ops.convert_to_tensor(self.norm_scale)
         return OutputNorm(scale, gate, self.norm_epsilon, self.compute_dtype)
 

@@ -15,6 +15,7 @@ from keras_mom.ops.memory_step import (
     scan_and_mix,
     spread_routing,
 )
+from keras_mom.ops.projection import project
 from keras_mom.rules.base import MemoryUpdateRule
 
 
@@ -37,8 +38,8 @@ def mix_token(
     sets = tuple(sizes.projection_of_memory)
     query, key, value, window = convolution_step(
         tokens.query[:, 0],
-        by_set(tokens.key_projection(tokens.inputs), sizes.projections),
-        by_set(tokens.value_projection(tokens.inputs), sizes.projections),
+        by_set(project(tokens.key_projection, tokens.inputs), sizes.projections),
+        by_set(project(tokens.value_projection, tokens.inputs), sizes.projections),
         kernels,
         None if kernels is None else state[1],
         active,

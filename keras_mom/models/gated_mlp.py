@@ -8,6 +8,7 @@ from keras import ops
 from keras_mom.checks import check_positive
 from keras_mom.initializers import clone_initializer
 from keras_mom.layers.projections import ProjectionsMixin
+from keras_mom.ops.projection import project
 
 
 @keras.saving.register_keras_serializable("keras_mom")
@@ -105,8 +106,9 @@ class GatedMLP(ProjectionsMixin, keras.layers.Layer):
         self.built = True
 
     def call(self, inputs):
-        gate = self.activation(self.gate_projection(inputs))
-        return self.down_projection(ops.multiply(gate, self.up_projection(inputs)))
+        gate = self.activation(project(self.gate_projection, inputs))
+        product = ops.multiply(gate, project(self.up_projection, inputs))
+        return project(self.down_projection, product)
 
     def compute_output_shape(self, inputs_shape):
         return tuple(inputs_shape)

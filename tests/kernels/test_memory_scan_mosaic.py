@@ -204,6 +204,21 @@ def test_it_is_lowered(initial_state):
     assert ", tensor<128x128xf32>) ->" in own[0] or not initial_state
 
 
+@pytest.mark.parametrize(
+    "changes, serves",
+    ((dict(), True), (dict(K=64), False), (dict(decay="channel"), False)),
+)
+def test_it_is_taken_where_it_serves(monkeypatch, changes, serves):
+    monkeypatch.setattr(scans, "platform", lambda: "gpu")
+    own, others = calls(lowered(lambda x: scans.memory_scan(**x), _shapes(**changes)))
+    assert len(own) == (serves and mosaic_interpreter.available())
+    assert others
+    own, _ = calls(
+        lowered(lambda x: scans.memory_scan(**x, kernels="gpu"), _shapes(**changes))
+    )
+    assert not own
+
+
 @needs_mosaic
 def test_gradients_are_lowered():
     def both(inputs):

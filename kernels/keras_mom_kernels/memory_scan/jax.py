@@ -68,9 +68,9 @@ def memory_scan(
         initial_state: float32 `[B, H, K, V]`; `[S, H, K, V]` with `cu_seqlens`,
             `[B, S, H, K, V]` with `chunk_offsets`. None for zeros.
         scale: factor of the query, `K ** -0.5` by default.
-        kernels: `"gpu"` or `"tpu"`; None for those of the platform that JAX runs on.
-            `"mosaic"` for the forward kernel of Hopper GPUs, `mosaic_scan`, which
-            serves some calls.
+        kernels: `"gpu"` or `"tpu"`; `"mosaic"` for those of GPUs with `mosaic_scan` in
+            the forward pass, which serves some calls on Hopper GPUs. None for what
+            serves the call best on the platform that JAX runs on.
         interpret: whether the kernels run in Pallas' interpreter, for tests.
 
     Returns:
@@ -80,7 +80,8 @@ def memory_scan(
     Raises:
         NotImplementedError: if no kernel serves the call, with the reason.
     """
-    kernels = platform() if kernels is None else kernels
+    automatic = kernels is None
+    kernels = platform() if automatic else kernels
     check_served(query, key, value, kernels)
     if chunk_offsets is not None and not 16 <= chunk_size <= CHUNK_SIZE:
         raise NotImplementedError(
@@ -92,8 +93,13 @@ def memory_scan(
     rows = [query, key, value, log_decay, beta]
     size = chunk_size if chunk_offsets is not None else CHUNK_SIZE
     options = ScanOptions(write, bool(erase_before_decay), size, 1, scale)
-    if kernels == "mosaic":
-        _check_mosaic(query, key, value, log_decay, resets, options, interpret)
+    if kernels == "mosaic" or (automatic and kernels == "gpu" and not interpret):
+        call = query, key, value, log_decay, resets, options, interpret
+        reason = _why_no_mosaic(*call)
+        if reason is None:
+            kernels = "mosaic"
+        elif kernels == "mosaic":
+            raise NotImplementedError(reason)
     fused = kernels in ("gpu", "mosaic") and (log_decay is None or log_decay.ndim == 3)
     dtype_of_products = _products(kernels, query, key, value)
     scan = _function(options, kernels, fused, interpret, dtype_of_products)
@@ -141,13 +147,18 @@ def check_served(query, key, value, kernels):
             raise NotImplementedError(f"no Pallas kernel for {x.dtype}")
 
 
-def _check_mosaic(*call):
+def _why_no_mosaic(*call):
+    """Why `mosaic_scan` does not serve a call, or None."""
     try:
         # Not every JAX has what this imports.
         from keras_mom_kernels.memory_scan import mosaic_scan
-    except ImportError as error:
-        raise NotImplementedError("this JAX has no Mosaic GPU") from error
-    mosaic_scan.check_served(*call)
+    except ImportError:
+        return "this JAX has no Mosaic GPU"
+    try:
+        mosaic_scan.check_served(*call)
+    except NotImplementedError as error:
+        return str(error)
+    return None
 
 
 def _products(kernels, *tensors):

@@ -19,7 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 # programs a multiprocessor; the gradient holds shares of the kernel's beside.
 _TILE, _GRADIENT_TILE = 4096, 2048
 _WARPS = 8
-# Packed rows that keep a GPU busy with fewer, longer programs.
+# Packed rows, of all batch rows, that keep a GPU busy with fewer, longer programs.
 _MANY_ROWS = 2**14
 _STEPS = 8
 
@@ -66,7 +66,9 @@ def sum_gradients(plan, output_grad, inputs, kernel, source, documents):
     """
     batch, rows = source.shape
     taps, groups, width = kernel.shape[1:]
-    tile = _Tile(rows, width, _GRADIENT_TILE, _STEPS if rows >= _MANY_ROWS else 1)
+    # More steps a program: fewer shares.
+    steps = _STEPS if batch * rows >= _MANY_ROWS else 1
+    tile = _Tile(rows, width, _GRADIENT_TILE, steps)
     refs = dict(output_grad=output_grad, inputs=inputs, kernel=kernel)
     refs |= dict(source=source, documents=documents)
     shares = (batch, tile.programs, taps, groups, width)
@@ -102,8 +104,8 @@ class _Tile:
         self.width = width
         self.columns = 1 << (width - 1).bit_length()
         self.rows = max(4, min(64, elements // self.columns))
-        self.steps = steps
-        self.programs = -(-rows // (self.rows * steps))
+        self.steps = min(steps, -(-rows // self.rows))
+        self.programs = -(-rows // (self.rows * self.steps))
 
 
 def _call(kernel, plan, tile, grid, inputs, outputs):
