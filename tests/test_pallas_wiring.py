@@ -118,6 +118,13 @@ if keras.backend.backend() == "jax":
             for x, y, z in zip(*trees, strict=True):
                 assert error(x, z) <= max(limit, 1.5 * error(y, z))
 
+    def test_short_sequences(accelerator):
+        inputs = np.random.default_rng(0).normal(size=(BATCH, 5, WIDTH))
+        output, _ = make_layer("gated_delta_net", implementation="pallas")(inputs)
+        expected, _ = make_layer("gated_delta_net")(inputs)
+        assert error(output, expected) <= 1e-5
+        assert "memory_scan" in accelerator.calls
+
     def test_tokens(accelerator):
         inputs = np.random.default_rng(0).normal(size=(BATCH, 3, WIDTH))
         layer = make_layer("gated_delta_net", implementation="pallas")

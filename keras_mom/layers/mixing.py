@@ -110,7 +110,7 @@ def mix_sequence(
         None.
     """
     length = ops.shape(indices)[1]
-    size = chunk_size(length)
+    size = chunk_size(length, options["implementation"])
     block = block_size(length, options["implementation"])
     history = max(sizes.history, int(rule.read_before_update))
     packing = Packing(

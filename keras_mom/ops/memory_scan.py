@@ -140,11 +140,17 @@ def memory_scan(
     return (output, state) if return_state else output
 
 
-def chunk_size(length):
-    """Rows a chunk for sequences of `length` rows, which may be unknown (None)."""
+def chunk_size(length, implementation="portable"):
+    """Rows a chunk for sequences of `length` rows, which may be unknown (None).
+
+    Args:
+        length: T.
+        implementation: as in `memory_scan`. Pallas kernels have a smallest chunk.
+    """
     if not isinstance(length, int):
         return CHUNK_SIZE
-    return min(CHUNK_SIZE, 1 << max(length - 1, 0).bit_length())
+    least = 16 if preferred("memory_scan", implementation) == "pallas" else 1
+    return min(CHUNK_SIZE, max(least, 1 << max(length - 1, 0).bit_length()))
 
 
 def block_size(length, implementation="portable"):
