@@ -85,9 +85,11 @@ def kernels(
         ("query", "key", "value", "output", "output_grad", "write_grads"), rows
     )
     types |= dict.fromkeys(("query_grad", "key_grad"), rows)
-    prepared = ("reading_query", "reading_key", "ending_key")
+    prepared = ("reading_query", "reading_key", "ending_key", "ending_rest")
     types |= dict.fromkeys(prepared, narrow if decay == "channel" else rows)
     types |= dict.fromkeys(("states", "state_grads", "writes", "squares"), narrow)
+    if decay == "channel":
+        types["writes"] = "*fp32"
     types |= dict.fromkeys(("attention", "inverse"), narrow)
     types |= dict.fromkeys(
         ("final", "final_grad", "pairs", "partials", "row_partials"), "*fp32"

@@ -118,13 +118,19 @@ def test_values_and_gradients_are_those_of_the_recurrence(case):
 
 
 @pytest.mark.parametrize(
-    "correlation, decay, initial_state",
-    # Without decay and state a query's gradient is a sum that nearly cancels.
-    ((0.5, "head", True), (0.99, "head", True), (0.99, "none", False)),
+    "correlation, decay, lowest, initial_state",
+    # Without a state gradients are sums that nearly cancel, and with a decay a channel
+    # keys are rounded once more.
+    (
+        (0.5, "head", -0.3, True),
+        (0.99, "head", -0.3, True),
+        (0.99, "none", 0.0, False),
+        (0.99, "channel", -0.05, False),
+    ),
 )
-def test_correlated_keys_in_bfloat16(correlation, decay, initial_state):
+def test_correlated_keys_in_bfloat16(correlation, decay, lowest, initial_state):
     case = Case("", B=1, T=128, H=1, K=64, V=16, correlation=correlation, decay=decay)
-    case = case._replace(dtype="bfloat16", lowest_log_decay=-0.3)
+    case = case._replace(dtype="bfloat16", lowest_log_decay=lowest)
     case = case._replace(initial_state=initial_state)
     assert_agree(tensors_of(case), case.dtype, case.write, case.erase_before_decay)
 

@@ -23,7 +23,8 @@ def hand_on(factors, writes, offsets, initial, interpret=False):
     Args:
         factors: dict: `weights` W `[B, G, H, C, K]` or None for additive writes,
             `ending` E `[B, G, H, C, K]`, `whole` float32 `[B, G, H, K or 1]` or None
-            for no decay. W and E are of one dtype, which the products take.
+            for no decay. W and E are of one dtype, which the products take; `rest` is
+            what rounding to it took from E, in the same dtype, or None.
         writes: float32 U0 `[B, G, H, C, V]`.
         offsets: int32 `[B, S + 1]`: segment s of a batch row holds the chunks
             `offsets[s]` to `offsets[s + 1] - 1`.
@@ -47,7 +48,7 @@ def hand_back(factors, local, reads, offsets, last, interpret=False):
     """Gradients of the states behind each chunk, of writes, and of first states.
 
     Args:
-        factors, offsets, interpret: as in `hand_on`.
+        factors, offsets, interpret: as in `hand_on`, without `rest`.
         local: float32 L `[B, G, H, C, V]`: what the outputs give to the writes.
         reads: float32 R `[B, G, H, K, V]`: what they give to the states before chunks.
         last: float32 `[B, S, H, K, V]`: gradient of the final states.
@@ -100,7 +101,10 @@ def _hand_on(refs, row, head, values, begin, end, step, state):
     refs["written"][(*place, slice(None), values)] = write
     if "whole" in refs:
         state *= refs["whole"][place][:, None]
-    return state + _product(refs["ending"][place], write, transposed=True)
+    state += _product(refs["ending"][place], write, True, split=True)
+    if "rest" in refs:
+        state += _product(refs["rest"][place], write, True)
+    return state
 
 
 def _hand_back(refs, row, head, values, begin, end, step, state):
@@ -117,13 +121,24 @@ def _hand_back(refs, row, head, values, begin, end, step, state):
     return state
 
 
-def _product(x, y, transposed=False):
-    """`x y`, or `x^T y`, in the dtype of `x`, with float32 sums."""
+def _product(x, y, transposed=False, split=False):
+    """`x y`, or `x^T y`, in the dtype of `x`, with float32 sums.
+
+    With `split` a bfloat16 product takes `y` in two operands.
+    """
     contracted = ((0,) if transposed else (1,), (0,))
-    return jax.lax.dot_general(
-        x,
-        y.astype(x.dtype),
-        (contracted, ((), ())),
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
+
+    def product(y):
+        return jax.lax.dot_general(
+            x,
+            y,
+            (contracted, ((), ())),
+            precision=jax.lax.Precision.HIGHEST,
+            preferred_element_type=jnp.float32,
+        )
+
+    rounded = y.astype(x.dtype)
+    total = product(rounded)
+    if split and x.dtype == jnp.bfloat16:
+        total += product((y - rounded.astype(jnp.float32)).astype(x.dtype))
+    return total

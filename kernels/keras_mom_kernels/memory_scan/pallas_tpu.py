@@ -124,7 +124,10 @@ def _hand_on(refs, head, state):
     refs["written"][head] = write
     if "whole" in refs:
         state *= refs["whole"][head]
-    return state + _product(refs["ending"][head], write, transposed=True)
+    state += _product(refs["ending"][head], write, transposed=True)
+    if "rest" in refs:
+        state += _product(refs["rest"][head], write, transposed=True, split=False)
+    return state
 
 
 def _hand_back(refs, head, state):
@@ -138,7 +141,7 @@ def _hand_back(refs, head, state):
     return state
 
 
-def _product(x, y, transposed=False):
+def _product(x, y, transposed=False, split=True):
     """`x y`, or `x^T y`, in the dtype of `x`, with float32 sums.
 
     What correlated keys write nearly cancels: `y` is taken in two operands where they
@@ -159,6 +162,6 @@ def _product(x, y, transposed=False):
         )
 
     rounded = y.astype(x.dtype)
-    if not narrow:
+    if not narrow or not split:
         return product(rounded)
     return product(rounded) + product((y - rounded.astype(y.dtype)).astype(x.dtype))

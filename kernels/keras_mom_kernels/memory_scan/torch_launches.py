@@ -121,6 +121,7 @@ class Call:
             reading_query=inputs.query,
             reading_key=inputs.key,
             ending_key=inputs.key,
+            ending_rest=None,
             channels=None,
             coarse=None,
             fine=None,
@@ -258,10 +259,10 @@ def _prepare(call, inputs):
 def _decay_rows(call, key):
     """What meets the state, in place of queries and keys."""
     _, _, heads, key_dim = key.shape
-    rows = {
-        name: torch.empty_like(key, dtype=call.narrow)
-        for name in ("reading_query", "reading_key", "ending_key")
-    }
+    names = ["reading_query", "reading_key", "ending_key"]
+    if call.parts == 2:
+        names.append("ending_rest")
+    rows = {name: torch.empty_like(key, dtype=call.narrow) for name in names}
     channels = call.empty(call.chunks, heads, key_dim)
     launch = call.config.levels
     grid = (triton.cdiv(key_dim, launch.block_k) * heads * call.chunks,)
@@ -319,13 +320,15 @@ def backward(
 
     # 1. The states before each chunk and what the rows wrote, as in the forward pass.
     _prepare(call, inputs)
+    # What correlated keys write is taken in two operands there.
+    wide = torch.float32 if call.decay == "channel" else call.narrow
     arguments.update(
         output_grad=output_grad,
         final_grad=final_grad,
         initial_grad=initial_grad,
         states=call.empty(*shape, dtype=call.narrow),
         state_grads=call.empty(*shape, dtype=call.narrow),
-        writes=torch.empty_like(inputs.value, dtype=call.narrow),
+        writes=torch.empty_like(inputs.value, dtype=wide),
         write_grads=new(inputs.value),
     )
     splits = make_splits(call)
@@ -360,7 +363,8 @@ def backward(
     )
     arguments["level_partials"] = None
     if call.decay == "channel":
-        shape = (call.chunks, call.heads, 2, CHUNK_SIZE, CHUNK_SIZE)
+        planes = 1 + call.parts
+        shape = (call.chunks, call.heads, planes, CHUNK_SIZE, CHUNK_SIZE)
         arguments["squares"] = call.empty(*shape, dtype=call.narrow)
         call.run(square_gradients, (call.chunks * call.heads,), config.gradients)
         call.run(crossing_gradients, grid, config.gradients)

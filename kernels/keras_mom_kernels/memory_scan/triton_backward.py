@@ -37,6 +37,7 @@ def scan_gradients(
     reading_query,
     reading_key,
     ending_key,
+    ending_rest,
     channels,
     beta,
     coarse,
@@ -140,6 +141,9 @@ def scan_gradients(
         grad = grad * scale
         k = operand(load_rows(ending_key, keys, inside), PRECISION)
         grad += dot(k, next_grad, PRECISION) * to_end[:, None]
+        if DECAY == "channel" and PARTS == 2:
+            k = operand(load_rows(ending_rest, keys, inside), PRECISION)
+            grad += dot(k, next_grad, PRECISION) * to_end[:, None]
         if DELTA:
             none = tl.zeros((C, BLOCK_V), tl.float32)
             grad = dot_square(

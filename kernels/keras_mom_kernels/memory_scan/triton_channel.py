@@ -17,8 +17,10 @@ from keras_mom_kernels.memory_scan.triton_common import (
     load_column,
     load_rows,
     operand,
+    remainder,
     square_offsets,
     state_offsets,
+    store_parts,
     store_rows,
     strong_gradient,
     tile_offsets,
@@ -42,6 +44,7 @@ def decay_rows(
     reading_query,
     reading_key,
     ending_key,
+    ending_rest,
     channels,
     length,
     chunks,
@@ -53,10 +56,13 @@ def decay_rows(
     LAYOUT: tl.constexpr,
     EXCLUSIVE: tl.constexpr,
     PRECISION: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     """Queries and keys `[rows, H, K]` as they meet the state before and behind them.
 
-    The decay of each channel over a chunk goes to `channels`, float32 `[chunks, H, K]`.
+    Keys on their way to the state behind them go in PARTS operands: correlated ones
+    differ by little more than a rounding of each. The decay of each channel over a
+    chunk goes to `channels`, float32 `[chunks, H, K]`.
     """
     blocks: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     start = (tl.program_id(0) % blocks) * BLOCK_K
@@ -71,7 +77,11 @@ def decay_rows(
     store_rows(reading_query, keys, inside, q * into_query)
     k = load_rows(key, keys, inside).to(tl.float32)
     store_rows(reading_key, keys, inside, k * into_key)
-    store_rows(ending_key, keys, inside, k * to_end)
+    k *= to_end
+    rounded = operand(k, PRECISION)
+    store_rows(ending_key, keys, inside, rounded)
+    if PARTS == 2:
+        store_rows(ending_rest, keys, inside, remainder(k, rounded, PRECISION))
     column = start + tl.arange(0, BLOCK_K)
     target = (chunk.to(tl.int64) * heads + head) * K + column
     tl.store(channels + target, whole, mask=column < K)
@@ -97,10 +107,12 @@ def square_gradients(
     DELTA: tl.constexpr,
     RESETS: tl.constexpr,
     PRECISION: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """Gradients of a chunk's products of rows, `squares` `[chunks, H, 2, C, C]`.
+    """Gradients of a chunk's products of rows.
 
-    The first are those of queries with keys, the second of keys with keys.
+    They go to `squares`, `[chunks, H, 1 + PARTS, C, C]`: first those of queries with
+    keys, then of keys with keys, and last the second operand of the first.
     """
     head = tl.program_id(0) % heads
     chunk = tl.program_id(0) // heads
@@ -110,8 +122,12 @@ def square_gradients(
     for start_v in range(0, V, BLOCK_V):
         values, filled = tile_offsets(row, count, head, heads, start_v, V, BLOCK_V, C)
         out = operand(load_rows(output_grad, values, filled), PRECISION)
-        wrote = operand(load_rows(writes, values, filled), PRECISION)
+        written = load_rows(writes, values, filled)
+        wrote = operand(written, PRECISION)
         pairs = dot_onto(pairs, out, tl.trans(wrote), PRECISION)
+        if PARTS == 2:
+            rest = remainder(written, wrote, PRECISION)
+            pairs = dot_onto(pairs, out, tl.trans(rest), PRECISION)
         if DELTA:
             solved = operand(load_rows(write_grads, values, filled), PRECISION)
             erase = dot_onto(erase, solved, tl.trans(wrote), PRECISION)
@@ -122,8 +138,8 @@ def square_gradients(
         same = counts[:, None] == counts[None, :]
         pairs = tl.where(same, pairs, 0.0)
         erase = tl.where(same, erase, 0.0)
-    square = square_offsets(chunk, head, heads, 2, C)
-    store_rows(squares, square, None, pairs)
+    square = square_offsets(chunk, head, heads, 1 + PARTS, C)
+    store_parts(squares, square, pairs, PARTS, 2 * C * C)
     if DELTA:
         store_rows(squares, square + C * C, None, erase)
 
@@ -164,6 +180,7 @@ def crossing_gradients(
     BETA: tl.constexpr,
     RESETS: tl.constexpr,
     PRECISION: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     """Gradients of a chunk's rows from all that crosses its borders.
 
@@ -200,6 +217,23 @@ def crossing_gradients(
     d_beta = tl.zeros((C,), tl.float32)
     strong = tl.zeros((C,), tl.float32)
     held = tl.zeros((BLOCK_K,), tl.float32)
+    # What needs the writes has a loop of its own: in one, more registers are spilled.
+    for start_v in range(0, V, BLOCK_V):
+        values, filled = tile_offsets(row, count, head, heads, start_v, V, BLOCK_V, C)
+        kept, kept_mask = state_offsets(
+            chunk, head, heads, start, start_v, K, V, BLOCK_K, BLOCK_V
+        )
+        next_grad = operand(load_rows(state_grads, kept, kept_mask), PRECISION)
+        written = load_rows(writes, values, filled)
+        wrote = operand(written, PRECISION)
+        ending = dot_onto(ending, wrote, tl.trans(next_grad), PRECISION)
+        if PARTS == 2:
+            rest = remainder(written, wrote, PRECISION)
+            ending = dot_onto(ending, rest, tl.trans(next_grad), PRECISION)
+        if DELTA:
+            x = load_rows(write_grads, values, filled).to(tl.float32)
+            strong += tl.sum(x * written, axis=1)
+    tl.debug_barrier()
     for start_v in range(0, V, BLOCK_V):
         values, filled = tile_offsets(row, count, head, heads, start_v, V, BLOCK_V, C)
         kept, kept_mask = state_offsets(
@@ -210,15 +244,12 @@ def crossing_gradients(
         held += tl.sum(state.to(tl.float32) * next_grad.to(tl.float32), axis=1)
         out = operand(load_rows(output_grad, values, filled), PRECISION)
         dq = dot_onto(dq, out, tl.trans(state), PRECISION)
-        wrote = operand(load_rows(writes, values, filled), PRECISION)
-        ending = dot_onto(ending, wrote, tl.trans(next_grad), PRECISION)
         x = load_rows(write_grads, values, filled).to(tl.float32)
         if BETA:
             once = filled & (t < tl.where(block == 0, C, 0))[:, None]
             own = load_rows(value, values, once).to(tl.float32)
             d_beta += tl.sum(x * own, axis=1)
         if DELTA:
-            strong += tl.sum(x * wrote.to(tl.float32), axis=1)
             dk = dot_onto(dk, operand(x, PRECISION), tl.trans(state), PRECISION)
         if BETA and blocks == 1:
             tl.debug_barrier()
@@ -287,6 +318,7 @@ def level_gradients(
     EXCLUSIVE: tl.constexpr,
     BETA: tl.constexpr,
     PRECISION: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     """Gradients of a chunk's rows from its products of rows, level by level.
 
@@ -301,15 +333,14 @@ def level_gradients(
     row, count = chunk_rows(chunk, table, length, chunks, ROWS, LAYOUT)
     t = tl.arange(0, C)
     keys, inside = tile_offsets(row, count, head, heads, start, K, BLOCK_K, C)
-    square = squares + square_offsets(chunk, head, heads, 2, C)
-    turned = (chunk.to(tl.int64) * heads + head) * (2 * C * C)
-    turned = squares + turned + (t[None, :] * C + t[:, None])
+    square = squares + square_offsets(chunk, head, heads, 1 + PARTS, C)
+    first = squares + (chunk.to(tl.int64) * heads + head) * ((1 + PARTS) * C * C)
+    turned = first + (t[None, :] * C + t[:, None])
     strength = tl.full((C,), 1.0, tl.float32)
     if BETA:
         strength = load_column(beta, row, count, head, heads, C)
     q = load_rows(query, keys, inside).to(tl.float32)
     k = load_rows(key, keys, inside).to(tl.float32)
-    first = squares + (chunk.to(tl.int64) * heads + head) * (2 * C * C)
     diagonal = tl.load(first + t * (C + 1)).to(tl.float32)
     dq = load_rows(query_grad, keys, inside).to(tl.float32) + diagonal[:, None] * k
     dk = load_rows(key_grad, keys, inside).to(tl.float32) + diagonal[:, None] * q
@@ -324,7 +355,15 @@ def level_gradients(
         keep_t = level_mask(half, C, True)
         columns = operand(k * decay, PRECISION)
         pairs = operand(tl.load(square, mask=keep, other=0.0), PRECISION)
-        left = dot(pairs, columns, PRECISION) * decay
+        left = tl.zeros((C, BLOCK_K), tl.float32)
+        if PARTS == 2:
+            # What correlated keys add up to nearly cancels.
+            rest = remainder(k * decay, columns, PRECISION)
+            left = dot_onto(left, pairs, rest, PRECISION)
+            rest = tl.load(square + 2 * C * C, mask=keep, other=0.0)
+            left = dot_onto(left, operand(rest, PRECISION), columns, PRECISION)
+        left = dot_onto(left, pairs, columns, PRECISION)
+        left *= decay
         dq += left
         crossed = q * left
         pairs = operand(tl.load(turned, mask=keep_t, other=0.0), PRECISION)

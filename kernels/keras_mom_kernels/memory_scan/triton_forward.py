@@ -39,6 +39,7 @@ def scan_chunks(
     reading_query,
     reading_key,
     ending_key,
+    ending_rest,
     channels,
     value,
     beta,
@@ -178,6 +179,9 @@ def scan_chunks(
             k = operand(load_rows(ending_key, keys, inside), PRECISION)
         write *= to_end[:, None]
         state = dot_right(state, tl.trans(k), write, PRECISION, PARTS == 2)
+        if DECAY == "channel" and PARTS == 2:
+            k = operand(load_rows(ending_rest, keys, inside), PRECISION)
+            state = dot_right(state, tl.trans(k), write, PRECISION, False)
 
     if FINAL:
         # Not known to be `start_v`: its offsets take no registers during the loop.
