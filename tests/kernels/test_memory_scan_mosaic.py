@@ -4,6 +4,7 @@ It runs in Mosaic GPU's interpreter, under its detection of races, and is lowere
 need jax 0.11.2: `make test-mosaic`.
 """
 
+import functools
 import sys
 
 import jax
@@ -213,9 +214,12 @@ def test_it_is_taken_where_it_serves(monkeypatch, changes, serves):
     own, others = calls(lowered(lambda x: scans.memory_scan(**x), _shapes(**changes)))
     assert len(own) == (serves and mosaic_interpreter.available())
     assert others
-    own, _ = calls(
-        lowered(lambda x: scans.memory_scan(**x, kernels="gpu"), _shapes(**changes))
-    )
+    with_others = functools.partial(scans.memory_scan, kernels="gpu")
+    own, _ = calls(lowered(lambda x: with_others(**x), _shapes(**changes)))
+    assert not own
+    # Nor by a JAX that it has not been tried with.
+    monkeypatch.setattr(scans, "_UNTRIED", jax.__version_info__)
+    own, _ = calls(lowered(lambda x: scans.memory_scan(**x), _shapes(**changes)))
     assert not own
 
 
