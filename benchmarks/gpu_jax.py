@@ -47,6 +47,7 @@ from gpu_scan import (  # noqa: E402
     shapes,
     timing_inputs,
 )
+from jax_triton_pool import Pool  # noqa: E402
 
 from keras_mom_kernels.memory_scan.jax import memory_scan  # noqa: E402
 
@@ -123,16 +124,23 @@ def compiled(function, *arguments):
     return program, seconds, memory / 2**20
 
 
-def measure_jax(function, inputs):
-    """`Times` of a scan, and the seconds that forward and both take to compile."""
+def programs(function, inputs):
+    """The forward pass of a scan, and that with gradients, with their arguments."""
     cotangent = jnp.ones_like(inputs["value"])
 
     def both(inputs, cotangent):
         output, pull = jax.vjp(lambda x: function(**x), inputs)
         return output, pull(cotangent.astype(output.dtype))[0]
 
-    ahead, ahead_seconds, _ = compiled(lambda x: function(**x), inputs)
-    total, total_seconds, memory = compiled(both, inputs, cotangent)
+    return (lambda x: function(**x), inputs), (both, inputs, cotangent)
+
+
+def measure_jax(function, inputs):
+    """`Times` of a scan, and the seconds that forward and both take to compile."""
+    forward, both = programs(function, inputs)
+    cotangent = both[-1]
+    ahead, ahead_seconds, _ = compiled(*forward)
+    total, total_seconds, memory = compiled(*both)
     calls = (lambda: ahead(inputs)), (lambda: total(inputs, cotangent))
     waited = [lambda call=call: jax.block_until_ready(call()) for call in calls]
     (first, second), kernels = map(milliseconds, calls), map(kernel_time, waited)
@@ -214,7 +222,15 @@ def time_without_mosaic(form, shape, arrays, places, ours):
 
 
 def time_peer(name, shape, peer, arrays, ours):
+    def lower():
+        for function, *arguments in programs(peer, arrays):
+            jax.jit(function).lower(*arguments)
+
     try:
+        started = time.perf_counter()
+        count = Pool().compile(lower)
+        seconds = time.perf_counter() - started
+        print(f"{'':24} {count} kernels compiled before, in {seconds:.0f} s")
         theirs = measure_jax(peer, arrays)
     except Exception as error:
         print(f"{name}, rwkv_ops: {type(error).__name__}: {str(error)[:300]}")
