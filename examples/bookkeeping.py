@@ -109,19 +109,38 @@ class Results:
         columns: what tells one run from another.
         measured: the columns of what was measured.
         name: a function from a run to the name of its file.
+        known: CSV files of finished runs that were kept elsewhere.
+
+    Raises:
+        ValueError: if a file of `known` is not there, or none of such runs.
     """
 
-    def __init__(self, folder, columns, measured, name):
+    def __init__(self, folder, columns, measured, name, known=()):
         self.columns, self.measured, self.name = columns, measured, name
         self.folder = os.path.join(folder, "runs")
         self.path = os.path.join(folder, "results.csv")
         os.makedirs(self.folder, exist_ok=True)
+        self.known = []
+        for path in known:
+            if not os.path.exists(path):
+                raise ValueError(f"`--known`: there is no {path}")
+            rows = read_rows(path)
+            missing = {*columns, *measured} - set(rows[0] if rows else ())
+            if missing:
+                raise ValueError(
+                    f"`--known`: {path} is no file of such runs; it has no column "
+                    f"{', '.join(sorted(missing))}"
+                )
+            self.known += rows
 
     def rows_of(self, run):
         """The lines of a run, a dict of `columns`; none if it is not finished."""
-        rows = read_rows(self._file(run))
         wanted = {column: str(run[column]) for column in self.columns}
-        return [row for row in rows if wanted.items() <= row.items()]
+        for rows in (read_rows(self._file(run)), self.known):
+            found = [row for row in rows if wanted.items() <= row.items()]
+            if found:
+                return found
+        return []
 
     def add(self, run, lines):
         """Adds a run with the lines of its tests, dicts of what was measured."""

@@ -124,6 +124,28 @@ def test_command_is_taken_up(example, tmp_path, monkeypatch, capsys):
     assert "1 runs, 0 to do" in printed and "| one memory" in printed
 
 
+def test_known_runs_are_not_made_again(example, tmp_path, monkeypatch, capsys):
+    command = "run.py --preset small --models single --seeds 0 1 --no-plots --out"
+    monkeypatch.setattr(sys, "argv", [*command.split(), str(tmp_path / "first")])
+    sys.argv[7:8] = []  # one seed
+    monkeypatch.setattr(example, "train", _trained_by_nobody)
+    example.main()
+    capsys.readouterr()
+    kept = tmp_path / "first" / "results.csv"
+    arguments = [*command.split(), str(tmp_path / "second"), "--known", str(kept)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    example.main()
+    printed = capsys.readouterr().out
+    assert "2 runs, 1 to do" in printed
+    assert "| 2 |" in printed  # seeds of the table
+    kept.write_text("task,model\nmqar,single\n")
+    with pytest.raises(ValueError, match="`--known`.*no column accuracy, active_state"):
+        example.main()
+    kept.unlink()
+    with pytest.raises(ValueError, match="`--known`: there is no .*results.csv"):
+        example.main()
+
+
 def test_some_runs_alone(example, tmp_path, monkeypatch, capsys):
     command = "run.py --preset small --models single --seeds 0 1 --no-plots --runs 1"
     monkeypatch.setattr(sys, "argv", [*command.split(), "--out", str(tmp_path)])

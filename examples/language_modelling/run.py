@@ -208,6 +208,12 @@ def parse_arguments(given=None):
     add("--dtype", help="policy; mixed_bfloat16 on an accelerator, else float32")
     add("--minutes", type=float, help="start no epoch later; the next command goes on")
     add("--out", default="language_models", help="folder of the results")
+    add(
+        "--known",
+        nargs="+",
+        default=[],
+        help="CSV files of finished runs, which are not made again",
+    )
     add("--hardware", help="what to name the machine in the results")
     add("--list", action="store_true", help="list the runs, run none")
     add("--no-plots", action="store_true")
@@ -246,7 +252,7 @@ def main(given=None):
     deadline = Deadline(None if minutes is None else started + 60 * minutes)
     folder = arguments.out
     os.makedirs(os.path.join(folder, "curves"), exist_ok=True)
-    results = Results(folder, RUN, MEASURED, run_name)
+    results = Results(folder, RUN, MEASURED, run_name, arguments.known)
     runs = list_runs(arguments, text)
     left = [run for run in runs if not results.rows_of(run[0])]
     print(f"{len(runs)} runs, {len(left)} to do; results in {results.path}")

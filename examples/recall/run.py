@@ -10,7 +10,8 @@ have the best of them. Results go to CSV files, one line for each test of each r
 tables and plots are made of them. A command that was interrupted and is given again
 leaves out what is finished, and goes on with a run in the epoch where it stopped. The
 same command, given several times at once, shares the runs out among its processes:
-several on a GPU, and several GPUs (`CUDA_VISIBLE_DEVICES`).
+several on a GPU, and several GPUs (`CUDA_VISIBLE_DEVICES`). `--known` takes finished
+runs from CSV files, such as those of docs/results, into the tables instead.
 
 Presets: `small`; `mqar`, the settings of Zoology (arXiv 2312.04927); `mad`, the six
 tasks of MAD (arXiv 2403.17844); `retrieval`, needles in a haystack and phone books.
@@ -325,6 +326,12 @@ def parse_arguments():
     parser.add_argument("--weight-decay", type=float)
     parser.add_argument("--dtype", help="a dtype policy, such as mixed_bfloat16")
     parser.add_argument("--out", help="folder of the results; recall_<preset> if none")
+    parser.add_argument(
+        "--known",
+        nargs="+",
+        default=(),
+        help="CSV files of finished runs, which are not made again",
+    )
     parser.add_argument("--hardware", help="what to name the machine in the results")
     parser.add_argument(
         "--runs", type=int, help="make at most so many; the same command goes on"
@@ -366,7 +373,7 @@ def main():
     preset = chosen_preset(arguments)
     arguments.hardware = arguments.hardware or hardware(accelerator())
     folder = arguments.out or f"recall_{arguments.preset}"
-    results = Results(folder, RUN, MEASURED, run_name)
+    results = Results(folder, RUN, MEASURED, run_name, arguments.known)
     runs = list_runs(preset)
     left = [run for run in runs if not results.rows_of(run[0])]
     print(f"{len(runs)} runs, {len(left)} to do; results in {results.path}")
