@@ -1,5 +1,6 @@
 """Files and configs: what is written loads again, here and on the other backends."""
 
+import fcntl
 import io
 import json
 import os
@@ -389,10 +390,26 @@ if BACKEND == "jax":
     BACKENDS = ("jax", "torch", "tensorflow")
     MODELS = ("defaults", "small", "lora")
 
-    @pytest.fixture(scope="module")
+    @pytest.fixture(scope="session")
     def exchanged(tmp_path_factory):
-        """A folder with every backend's files, and outputs of all of them."""
-        folder = tmp_path_factory.mktemp("exchange")
+        """A folder with every backend's files, and outputs of all of them.
+
+        The first worker that asks for it fills it for all.
+        """
+        place = tmp_path_factory.getbasetemp()
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            place = place.parent
+        folder = place / "exchange"
+        complete = folder / "complete"
+        with open(place / "exchange.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not complete.exists():
+                folder.mkdir(exist_ok=True)
+                exchange(folder)
+                complete.touch()
+        return folder
+
+    def exchange(folder):
         root = Path(__file__).parent.parent
         processes = {}
         for backend in BACKENDS:
@@ -422,7 +439,6 @@ if BACKEND == "jax":
         finally:
             for process in processes.values():
                 process.kill()
-        return folder
 
     @pytest.mark.parametrize("name", MODELS)
     @pytest.mark.parametrize("reader", BACKENDS)
