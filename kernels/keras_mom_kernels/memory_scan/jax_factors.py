@@ -26,6 +26,7 @@ class _Chunks:
 
     def __init__(self, how, tensors):
         options, kernels, self.interpret, dtype = how
+        self.product_dtype = dtype
         *rows, self.resets, self.offsets, self.initial = tensors
         self.dtypes = [None if x is None else x.dtype for x in rows]
         self.key_dim, self.value_dim = rows[0].shape[-1], rows[2].shape[-1]
@@ -61,7 +62,7 @@ class _Chunks:
 
         Correlated keys differ by little more than a rounding of each decayed one.
         """
-        ending, dtype = self.block.ending_key, self.factors["ending"].dtype
+        ending, dtype = self.block.ending_key, self.product_dtype
         if self.block.decay is None or dtype != jnp.bfloat16:
             return None
         # XLA may leave out a cast there and back, but not this.
