@@ -22,20 +22,14 @@ _PTXAS_OPTIONS = ("--warn-on-spills",)
 
 
 class Pool:
-    """Compiles what a function lowers, so that lowering it again finds all compiled.
+    """Compiles what a function lowers, so that lowering it again finds all compiled."""
 
-    Args:
-        folder: where compiled kernels are kept; a temporary one by default.
-        workers: processes.
-    """
-
-    def __init__(self, folder=None, workers=None):
+    def __init__(self):
         from jax_triton import triton_lib
 
         self.lib = triton_lib
-        self.folder = pathlib.Path(folder or tempfile.mkdtemp())
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.workers = workers or os.cpu_count()
+        self._kept = tempfile.TemporaryDirectory()
+        self.folder = pathlib.Path(self._kept.name)
         self._original = triton_lib.compile_ttir_inplace
         self._noted = {}
         self._compiled = {}
@@ -56,7 +50,7 @@ class Pool:
         # Fewer warps hold more of a tile each, and take longer.
         jobs.sort(key=lambda key: (key[1].num_warps, -len(key[0])))
         context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(self.workers, context) as pool:
+        with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context) as pool:
             futures = [
                 pool.submit(_compile, text, options, capability, self.folder)
                 for text, options, capability in (

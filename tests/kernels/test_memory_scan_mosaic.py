@@ -4,7 +4,6 @@ It runs in Mosaic GPU's interpreter, under its detection of races, and is lowere
 need jax 0.11.2: `make test-mosaic`.
 """
 
-import functools
 import sys
 
 import jax
@@ -211,16 +210,18 @@ def test_it_is_lowered(initial_state):
 )
 def test_it_is_taken_where_it_serves(monkeypatch, changes, serves):
     monkeypatch.setattr(scans, "platform", lambda: "gpu")
-    own, others = calls(lowered(lambda x: scans.memory_scan(**x), _shapes(**changes)))
+
+    def calls_with(**options):
+        scan = lowered(lambda x: scans.memory_scan(**x, **options), _shapes(**changes))
+        return calls(scan)
+
+    own, others = calls_with()
     assert len(own) == (serves and mosaic_interpreter.available())
     assert others
-    with_others = functools.partial(scans.memory_scan, kernels="gpu")
-    own, _ = calls(lowered(lambda x: with_others(**x), _shapes(**changes)))
-    assert not own
+    assert not calls_with(kernels="gpu")[0]
     # Nor by a JAX that it has not been tried with.
     monkeypatch.setattr(scans, "_UNTRIED", jax.__version_info__)
-    own, _ = calls(lowered(lambda x: scans.memory_scan(**x), _shapes(**changes)))
-    assert not own
+    assert not calls_with()[0]
 
 
 @needs_mosaic
