@@ -102,6 +102,8 @@ def test_values_and_gradients_are_those_of_the_reference(case):
 
 def test_programs_of_many_steps(monkeypatch):
     monkeypatch.setattr(pallas_rows, "_MANY_ROWS", 1)
+    fresh = functools.cache(convolution._function.__wrapped__)
+    monkeypatch.setattr(convolution, "_function", fresh)
     arrays, wide = arrays_of(Case("", B=2, T=80, E=20, documents=2, windows=True))
     cotangent = cotangent_of(arrays)
     _, gradients = with_gradients(arrays, cotangent)
@@ -122,8 +124,11 @@ def test_vmap_maps_by_batch_rows():
 @pytest.mark.parametrize("platform", ("cuda", "rocm"))
 def test_kernels_are_lowered(platform):
     def loss(inputs, kernel, *places):
-        x = convolution.packed_convolution(inputs, kernel, *places, heads=8)
-        return jnp.sum(x.astype("float32"))
+        x, y = (
+            convolution.packed_convolution(inputs, kernel * n, *places, heads=8)
+            for n in (1, 2)
+        )
+        return jnp.sum((x * y).astype("float32"))
 
     shapes = [
         jax.ShapeDtypeStruct((2, 128, 1024), "bfloat16"),
@@ -141,6 +146,8 @@ def test_kernels_are_lowered(platform):
         text = traced.lower(lowering_platforms=(platform,)).as_text()
     for name in ("convolve", "sum_gradients", "input_gradients"):
         assert name in text
+    # Each once for both calls.
+    assert text.count("__gpu$xla.gpu.triton") == 3
 
 
 def test_what_no_kernel_serves_is_named():

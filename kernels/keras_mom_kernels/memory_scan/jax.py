@@ -289,8 +289,9 @@ def _function(options, kernels, fused, interpret, dtype):
         operands = (*_RESULTS, *form.KEPT, *axes)
         return by_shards(run, operands, results)(*gradients, *kept, *tensors)
 
-    function = jax.custom_vjp(lambda *tensors: forward(*tensors)[0])
-    function.defvjp(forward, backward)
+    # Of all layers of a model that call it alike, one is traced and lowered.
+    function = jax.custom_vjp(jax.jit(lambda *tensors: forward(*tensors)[0]))
+    function.defvjp(jax.jit(forward), jax.jit(backward))
     return function
 
 

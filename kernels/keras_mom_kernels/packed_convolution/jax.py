@@ -132,8 +132,9 @@ def _function(plan):
         )
         return *run(output_grad, *residuals), None, None, None
 
-    function = jax.custom_vjp(lambda *tensors: forward(*tensors)[0])
-    function.defvjp(forward, backward)
+    # Of all layers of a model that call it alike, one is traced and lowered.
+    function = jax.custom_vjp(jax.jit(lambda *tensors: forward(*tensors)[0]))
+    function.defvjp(jax.jit(forward), jax.jit(backward))
     return function
 
 
