@@ -229,4 +229,6 @@ def draw_spread(axes, name, points):
         [max(values) - mean for mean, (_, values) in zip(means, points)],
     ]
     places = [place for place, _ in points]
-    axes.errorbar(places, means, spread, marker="o", capsize=3, label=name)
+    # Colours begin again after ten.
+    line = ("-", "--", ":")[len(axes.containers) // 10 % 3]
+    axes.errorbar(places, means, spread, fmt=f"o{line}", capsize=3, label=name)
