@@ -5,6 +5,7 @@ matrices are built and multiplied, gradients of losses are spelled out. A state 
 `[H, K, V]`, and each function returns the next state and the output, `[H, V]`.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 
@@ -228,6 +229,11 @@ ACTIVATED = {"hgrn2": (True, False, False)}
 
 def name_of(rule):
     """The name under which a layer takes a rule of this class."""
+    return _name_of_class(type(rule))
+
+
+@functools.cache
+def _name_of_class(wanted):
     from keras_mom import rules
 
-    return next(n for n in rules.names() if type(rules.get(n)) is type(rule))
+    return next(n for n in rules.names() if type(rules.get(n)) is wanted)
