@@ -169,4 +169,4 @@ if __name__ == "__main__":
         main_of_many_memories((2, 300, 256, 2, 128), dtypes=("bfloat16",))
     else:
         main()
-        main_of_many_memories((2, 6, 16, 1, 8))
+        main_of_many_memories((1, 6, 16, 1, 8))

@@ -19,6 +19,8 @@ def test_the_layer(script):
     root = here.parents[1]
     environment = {**os.environ, "KERAS_BACKEND": "torch", "TRITON_INTERPRET": "1"}
     environment["CUDA_VISIBLE_DEVICES"] = ""
+    # Beside another worker, and for small arrays, threads cost more than they give.
+    environment["OMP_NUM_THREADS"] = "1"
     environment["PYTHONPATH"] = os.pathsep.join(map(str, (root, root / "kernels")))
     result = subprocess.run(
         [sys.executable, "-W", "ignore", str(here / script)],
