@@ -54,8 +54,8 @@ def jobs():
         if size != (64, 64):
             yield Job(dtype, *rule, *size, LENGTHS)
     for size in ((48, 96), (128, 128), (256, 256)):
-        yield Job("bfloat16", "none", "additive", False, *size, LENGTHS)
-        yield Job("bfloat16", "none", "delta", False, *size, LENGTHS)
+        for decay, write in itertools.product(("none", "channel"), ("additive", "delta")):
+            yield Job("bfloat16", decay, write, False, *size, LENGTHS)
     for dtype in ("bfloat16", "float32"):
         yield Job(dtype, "head", "delta", False, 128, 128, LONG, heads=1)
         # One sequence alone is cut into splits.

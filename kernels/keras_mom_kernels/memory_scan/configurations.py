@@ -111,7 +111,8 @@ def configuration(
         scan = states = reverse = Launch(wide_k, narrow, 8, 1)
         solve = Launch(0, 0, 1, 1)
         gradients = solve_gradients = Launch(min(wide_k, 32), narrow, 8, 1)
-    # Of 32 channels, `level_gradients` is wrong for bfloat16 on sm_90 with ptxas 12.8.
+    # ptxas 12.8 miscompiles `level_gradients` of 32 channels for bfloat16 on sm_90,
+    # with 8 warps or 4 according to `exclusive`; ptxas 13.0 does not.
     levels = Launch(64 if half else 32, 0, 8, 1)
     exact = "tf32x3" if target == "cuda" and capability >= 90 else "ieee"
     level = precision
