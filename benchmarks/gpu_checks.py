@@ -54,7 +54,9 @@ def jobs():
         if size != (64, 64):
             yield Job(dtype, *rule, *size, LENGTHS)
     for size in ((48, 96), (128, 128), (256, 256)):
-        for decay, write in itertools.product(("none", "channel"), ("additive", "delta")):
+        for decay, write in itertools.product(
+            ("none", "channel"), ("additive", "delta")
+        ):
             yield Job("bfloat16", decay, write, False, *size, LENGTHS)
     for dtype in ("bfloat16", "float32"):
         yield Job(dtype, "head", "delta", False, 128, 128, LONG, heads=1)
