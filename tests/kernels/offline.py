@@ -13,7 +13,7 @@ from triton.compiler import ASTSource
 
 from keras_mom_kernels.memory_scan import (
     triton_backward,
-    triton_channel,
+    triton_channel_gradients,
     triton_forward,
     triton_prepare,
     triton_row_gradients,
@@ -165,10 +165,11 @@ def kernels(
         join = triton_splits.join_splits
         add(name, join, config.join, BACKWARD=backward, **modes)
     if decay == "channel":
-        add("decay_rows", triton_channel.decay_rows, config.levels)
+        add("decay_rows", triton_prepare.decay_rows, config.levels)
+        gradients = triton_channel_gradients
         for name in ("square_gradients", "crossing_gradients"):
-            add(name, getattr(triton_channel, name), config.gradients)
-        add("level_gradients", triton_channel.level_gradients, config.levels)
+            add(name, getattr(gradients, name), config.gradients)
+        add("level_gradients", gradients.level_gradients, config.levels)
     else:
         gradients = triton_row_gradients
         add("row_gradients", gradients.row_gradients, config.gradients)

@@ -20,14 +20,14 @@ from keras_mom_kernels.memory_scan.torch_splits import (
     states_before,
 )
 from keras_mom_kernels.memory_scan.triton_backward import scan_gradients
-from keras_mom_kernels.memory_scan.triton_channel import (
+from keras_mom_kernels.memory_scan.triton_channel_gradients import (
     crossing_gradients,
-    decay_rows,
     level_gradients,
     square_gradients,
 )
 from keras_mom_kernels.memory_scan.triton_forward import scan_chunks
 from keras_mom_kernels.memory_scan.triton_prepare import (
+    decay_rows,
     list_chunks,
     pair_rows,
     solve_pairs,

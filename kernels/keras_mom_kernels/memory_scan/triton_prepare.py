@@ -2,7 +2,8 @@
 
 With `G` the running sum of log decays in a chunk: `A`, the decayed key products below
 the diagonal times the write strength, `(I + A)^-1`, and `P`, the decayed query-key
-products.
+products. With a decay of each channel, also queries and keys as they meet the state, so
+that the scans know of no channels.
 
 Source: arXiv 2406.06484 and 2412.06464.
 """
@@ -17,13 +18,16 @@ from keras_mom_kernels.memory_scan.triton_common import (
     load_column,
     load_rows,
     operand,
+    remainder,
     square_offsets,
     store_parts,
+    store_rows,
     tile_offsets,
 )
 from keras_mom_kernels.memory_scan.triton_decays import (
     LOWEST_LOG_DECAY,
     QUANTA,
+    channel_decays,
     head_pairs,
     level_decays,
     level_mask,
@@ -293,3 +297,56 @@ def solve_pairs(
     _store_block(inverse, base, 3, 1, -dot(x3, total, PRECISION), PARTS, C)
     x32 = -dot(x3, dot(a32, x2, PRECISION), PRECISION)
     _store_block(inverse, base, 3, 2, x32, PARTS, C)
+
+
+@triton.jit
+def decay_rows(
+    query,
+    key,
+    coarse,
+    fine,
+    table,
+    reading_query,
+    reading_key,
+    ending_key,
+    ending_rest,
+    channels,
+    length,
+    chunks,
+    heads,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    EXCLUSIVE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Queries and keys `[rows, H, K]` as they meet the state before and behind them.
+
+    Keys on their way to the state behind them go in PARTS operands: correlated ones
+    differ by little more than a rounding of each. The decay of each channel over a
+    chunk goes to `channels`, float32 `[chunks, H, K]`.
+    """
+    blocks: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    start = (tl.program_id(0) % blocks) * BLOCK_K
+    head = (tl.program_id(0) // blocks) % heads
+    chunk = tl.program_id(0) // (blocks * heads)
+    row, count = chunk_rows(chunk, table, length, chunks, ROWS, LAYOUT)
+    keys, inside = tile_offsets(row, count, head, heads, start, K, BLOCK_K, C)
+    into_query, into_key, to_end, whole = channel_decays(
+        coarse, fine, row, count, head, heads, start, C, K, BLOCK_K, EXCLUSIVE
+    )
+    q = load_rows(query, keys, inside).to(tl.float32)
+    store_rows(reading_query, keys, inside, q * into_query)
+    k = load_rows(key, keys, inside).to(tl.float32)
+    store_rows(reading_key, keys, inside, k * into_key)
+    k *= to_end
+    rounded = operand(k, PRECISION)
+    store_rows(ending_key, keys, inside, rounded)
+    if PARTS == 2:
+        store_rows(ending_rest, keys, inside, remainder(k, rounded, PRECISION))
+    column = start + tl.arange(0, BLOCK_K)
+    target = (chunk.to(tl.int64) * heads + head) * K + column
+    tl.store(channels + target, whole, mask=column < K)

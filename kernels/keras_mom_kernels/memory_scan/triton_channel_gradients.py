@@ -1,9 +1,8 @@
-"""Triton kernels of the memory scan for a decay of each key channel.
+"""Gradients of the memory scan's rows in Triton, for a decay of each key channel.
 
-`decay_rows` prepares what meets the state, so that the scans know of no channels. The
-rest are gradients, as in `triton_row_gradients`. Pairs of rows meet through borders:
-at each level a block's second half meets its first through the border between them,
-so that every exponent stays at or below zero.
+As in `triton_row_gradients`, but pairs of rows meet through borders: at each level a
+block's second half meets its first through the border between them, so that every
+exponent stays at or below zero.
 """
 
 import triton
@@ -32,59 +31,6 @@ from keras_mom_kernels.memory_scan.triton_decays import (
     level_mask,
     reset_counts,
 )
-
-
-@triton.jit
-def decay_rows(
-    query,
-    key,
-    coarse,
-    fine,
-    table,
-    reading_query,
-    reading_key,
-    ending_key,
-    ending_rest,
-    channels,
-    length,
-    chunks,
-    heads,
-    K: tl.constexpr,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    EXCLUSIVE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    PARTS: tl.constexpr,
-):
-    """Queries and keys `[rows, H, K]` as they meet the state before and behind them.
-
-    Keys on their way to the state behind them go in PARTS operands: correlated ones
-    differ by little more than a rounding of each. The decay of each channel over a
-    chunk goes to `channels`, float32 `[chunks, H, K]`.
-    """
-    blocks: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    start = (tl.program_id(0) % blocks) * BLOCK_K
-    head = (tl.program_id(0) // blocks) % heads
-    chunk = tl.program_id(0) // (blocks * heads)
-    row, count = chunk_rows(chunk, table, length, chunks, ROWS, LAYOUT)
-    keys, inside = tile_offsets(row, count, head, heads, start, K, BLOCK_K, C)
-    into_query, into_key, to_end, whole = channel_decays(
-        coarse, fine, row, count, head, heads, start, C, K, BLOCK_K, EXCLUSIVE
-    )
-    q = load_rows(query, keys, inside).to(tl.float32)
-    store_rows(reading_query, keys, inside, q * into_query)
-    k = load_rows(key, keys, inside).to(tl.float32)
-    store_rows(reading_key, keys, inside, k * into_key)
-    k *= to_end
-    rounded = operand(k, PRECISION)
-    store_rows(ending_key, keys, inside, rounded)
-    if PARTS == 2:
-        store_rows(ending_rest, keys, inside, remainder(k, rounded, PRECISION))
-    column = start + tl.arange(0, BLOCK_K)
-    target = (chunk.to(tl.int64) * heads + head) * K + column
-    tl.store(channels + target, whole, mask=column < K)
 
 
 @triton.jit
