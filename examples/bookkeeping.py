@@ -109,7 +109,8 @@ class Results:
         columns: what tells one run from another.
         measured: the columns of what was measured.
         name: a function from a run to the name of its file.
-        known: CSV files of finished runs that were kept elsewhere.
+        known: CSV files of finished runs that were kept elsewhere; the file of all has
+            them too.
 
     Raises:
         ValueError: if a file of `known` is not there, or none of such runs.
@@ -131,7 +132,7 @@ class Results:
                     f"`--known`: {path} is no file of such runs; it has no column "
                     f"{', '.join(sorted(missing))}"
                 )
-            self.known += rows
+            self.known += [{c: row[c] for c in (*columns, *measured)} for row in rows]
 
     def rows_of(self, run):
         """The lines of a run, a dict of `columns`; none if it is not finished."""
@@ -153,7 +154,7 @@ class Results:
             if name.endswith(".csv")
             for row in read_rows(os.path.join(self.folder, name))
         ]
-        write_rows(self.path, columns, rows)
+        write_rows(self.path, columns, self.known + rows)
 
     @contextlib.contextmanager
     def claimed(self, run):

@@ -138,6 +138,8 @@ def test_known_runs_are_not_made_again(example, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "2 runs, 1 to do" in printed
     assert "| 2 |" in printed  # seeds of the table
+    everything = (tmp_path / "second" / "results.csv").read_text()
+    assert everything.startswith(kept.read_text()) and everything.count("\n") == 3
     kept.write_text("task,model\nmqar,single\n")
     with pytest.raises(ValueError, match="`--known`.*no column accuracy, active_state"):
         example.main()
