@@ -89,7 +89,10 @@ def _jax_gradients(function):
 def _tensorflow_evaluate(function):
     import tensorflow as tf
 
-    return tf.function(lambda tensors: function(**tensors), autograph=False)
+    # The second shape is traced with unknown sizes, which serve all others.
+    return tf.function(
+        lambda tensors: function(**tensors), autograph=False, reduce_retracing=True
+    )
 
 
 @functools.cache
