@@ -8,7 +8,7 @@ import keras_mom
 from keras_mom.models import QuantileLoss, mom_classifier, mom_encoder, mom_forecaster
 from keras_mom.models.masking import MaskedPooling
 from keras_mom.models.window_layers import Forecast, WindowNormalization
-from tests.layer_helpers import assert_close, to_numpy, tokens
+from tests.layer_helpers import BACKEND, assert_close, to_numpy, tokens
 
 SIZES = {"num_layers": 1, "hidden_dim": 8, "num_heads": 2, "key_dim": 4}
 # What compiles in the shortest time.
@@ -16,6 +16,8 @@ PLAIN = {**SIZES, "update_rule": "linear_attention", "conv_width": None}
 MASK = np.array([[0, 1, 1, 1, 0, 1, 1], [1, 1, 1, 1, 1, 0, 0]])
 IDS = np.random.default_rng(0).integers(0, 9, MASK.shape)
 HORIZON = 3
+# TensorFlow traces for seconds.
+EAGERLY = BACKEND == "tensorflow"
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +114,8 @@ def test_arguments_reach_the_layers(encoder):
 
 
 def test_losses_leave_out_what_the_mask_does(encoder):
-    encoder.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    encoder.compile("sgd", loss, run_eagerly=EAGERLY)
     labels = IDS % 3
     other = np.where(MASK > 0, labels, (labels + 1) % 3)
     losses = [
@@ -128,7 +131,7 @@ def test_rematerialization_changes_no_step():
         model = mom_encoder(**PLAIN, feature_dim=2, padding_mask=True, remat=remat)
         names = model.get_layer("block_0_mixer").forward_layer._remat_mode.layer_names
         assert bool(names) == remat or not remat
-        model.compile(keras.optimizers.SGD(0.05), "mse")
+        model.compile(keras.optimizers.SGD(0.05), "mse", run_eagerly=EAGERLY)
         x, y = tokens(2, 7, 2), tokens(2, 7, 8, seed=2)
         inputs = {"features": x, "padding_mask": MASK}
         losses.append([float(model.train_on_batch(inputs, y)) for _ in range(2)])

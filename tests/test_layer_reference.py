@@ -34,7 +34,7 @@ VARIANTS = {
     "every_memory": {"num_memories": 3, "top_k": 3, "norm_epsilon": 1e-3},
 }
 
-# Torch compiles nothing, and meets the options one by one. Elsewhere some come together.
+# Torch compiles nothing, and meets options one by one; elsewhere some come together.
 if BACKEND == "torch":
     EACH, SOME = VARIANTS, ("no_shared_memory", "no_convolution", "linear_attention")
 else:

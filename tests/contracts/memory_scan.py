@@ -206,8 +206,11 @@ class MemoryScanContract:
         output, _ = self.run(DELTA, inputs)
         np.testing.assert_allclose(ops.convert_to_numpy(alone), output, atol=1e-6)
 
-    @SOME_RULES
-    @pytest.mark.parametrize("packed", (False, True))
+    @pytest.mark.parametrize(
+        "rule, packed",
+        [(DELTA, False), *((rule, True) for rule in _SOME)],
+        ids=lambda x: x if isinstance(x, bool) else rule_name(x),
+    )
     def test_the_framework_compiles_it(self, rule, packed):
         packing = {"B": 1, "cu_seqlens": (0, 1, 1, 5)} if packed else {}
         inputs = inputs_of(rule, T=7, **packing)
@@ -223,8 +226,14 @@ class MemoryScanContract:
     def test_tokens_one_at_a_time_give_what_one_call_gives(self, rule):
         self.check_split(rule, [1] * 24)
 
-    @SOME_RULES
-    @pytest.mark.parametrize("lengths", ([1, 64, 65], [7, 1, 122], [65, 65]), ids=str)
+    @pytest.mark.parametrize(
+        "rule, lengths",
+        [
+            *((rule, (1, 64, 65)) for rule in _SOME),
+            *((DELTA, lengths) for lengths in ((7, 1, 122), (65, 65))),
+        ],
+        ids=lambda x: str(x) if isinstance(x[0], int) else rule_name(x),
+    )
     def test_any_split_gives_what_one_call_gives(self, rule, lengths):
         self.check_split(rule, lengths)
 
