@@ -89,10 +89,7 @@ def _jax_gradients(function):
 def _tensorflow_evaluate(function):
     import tensorflow as tf
 
-    # The second shape is traced with unknown sizes, which serve all others.
-    return tf.function(
-        lambda tensors: function(**tensors), autograph=False, reduce_retracing=True
-    )
+    return tf.function(lambda tensors: function(**tensors), autograph=False)
 
 
 @functools.cache

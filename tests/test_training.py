@@ -74,8 +74,11 @@ def assert_falls(losses):
 COMPILED = BACKEND != "torch"
 
 
-# Elsewhere "auto" is True.
-@pytest.mark.parametrize("jit_compile", [True, False, "auto"][: 2 + (not COMPILED)])
+# "auto" is True on JAX and TensorFlow; `test_tensorflow.py` compares all there.
+HOW = {"jax": [True, False], "tensorflow": ["auto"], "torch": [True, False, "auto"]}
+
+
+@pytest.mark.parametrize("jit_compile", HOW[BACKEND])
 def test_fit_with_a_length_that_is_not_known(jit_compile):
     model, _ = model_of(None)
     compiled(model, jit_compile=jit_compile)
@@ -83,7 +86,7 @@ def test_fit_with_a_length_that_is_not_known(jit_compile):
 
 
 def test_fit_with_a_fixed_length():
-    model, _ = model_of(10)
+    model, _ = model_of(10, **QUICK)
     compiled(model, jit_compile=COMPILED)
     assert_falls(fit(model, tokens(4, 10, WIDTH)))
 
@@ -133,7 +136,7 @@ def test_fit_under_the_global_float16_policy():
     policy = keras.config.dtype_policy()
     keras.config.set_dtype_policy("mixed_float16")
     try:
-        model, layer = model_of(10)
+        model, layer = model_of(10, **QUICK)
         compiled(model, rate=0.02, jit_compile="auto")
         losses = fit(model, tokens(4, 10, WIDTH), epochs=6)
     finally:
@@ -413,6 +416,7 @@ def test_stateful_calls_continue():
 
 def test_stateful_predict_and_fit():
     model, layer = model_of(5, batch=2, stateful=True)
+    compiled(model, optimizer=keras.optimizers.SGD(0.0))
     inputs = tokens(2, 20, WIDTH)
     whole, state = call(make_layer(return_state=True), inputs)
     # Batches of two rows: pieces of the same two sequences.
@@ -424,7 +428,6 @@ def test_stateful_predict_and_fit():
 
     layer.reset_state()
     assert not any(to_numpy(v.value).any() for v in layer.states)
-    compiled(model, optimizer=keras.optimizers.SGD(0.0))
     fit(model, pieces, epochs=1, batch_size=2)
     assert_close(tuple(to_numpy(v.value) for v in layer.states), state, 1e-5)
     assert len(layer.trainable_variables) == 14
@@ -517,7 +520,7 @@ def test_masks_reach_through_a_functional_model(return_state):
     x = keras_mom.MoMLayer(**SIZES, return_state=return_state)(x)
     x = x[0] if return_state else x
     outputs = keras_mom.MoMLayer(**SIZES)(x)
-    model = keras.Model(ids, outputs)
+    model = compiled(keras.Model(ids, outputs), optimizer=keras.optimizers.SGD(0.0))
     short = np.array([[3, 1, 4, 1, 5], [8, 2, 6, 5, 3]])
     padded = np.zeros((2, 9), "int64")
     padded[0, :5], padded[1, [1, 2, 4, 5, 8]] = short[0], short[1]
@@ -527,7 +530,6 @@ def test_masks_reach_through_a_functional_model(return_state):
     assert not output[padded == 0].any()
 
     # The loss leaves masked tokens out: their targets do not matter.
-    compiled(model, optimizer=keras.optimizers.SGD(0.0))
     targets = tokens(2, 9, WIDTH)
     before = model.evaluate(padded, targets, verbose=0)
     targets[padded == 0] = 1e3

@@ -132,6 +132,8 @@ def main(sizes=(2, 12, 16, 2, 8), dtypes=("float32",), memories=4, top_k=2):
 
         # Pieces and single tokens through the kernels.
         pieces = [*range(length // 2, length), length]
+        if DEVICE == "cpu":
+            pieces = [length // 2, length - 2, length - 1, length]
         if memories > 4:
             pieces = [length // 2, length]
         with torch.no_grad():
@@ -145,7 +147,9 @@ def main(sizes=(2, 12, 16, 2, 8), dtypes=("float32",), memories=4, top_k=2):
         print(dtype, "in pieces", f"{worst:.1e}", flush=True)
         assert worst <= TOLERANCES[dtype][0], (dtype, worst)
         if memories <= 4:
-            decode_in_place(layer, inputs, whole, TOLERANCES[dtype][0])
+            some = slice(None) if DEVICE == "cuda" else slice(4)
+            few = inputs[:, some], whole[:, some]
+            decode_in_place(layer, *few, TOLERANCES[dtype][0])
 
 
 def main_of_many_memories(*arguments, **options):
