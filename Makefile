@@ -22,7 +22,10 @@ RECALL_ARGS ?=
 # Keeps TensorFlow's start-up notices out of the output.
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-# Test processes share what JAX has compiled.
+# Test processes share what JAX has compiled, and Python, whatever the shell says of it:
+# each of them would take many seconds to compile the frameworks' sources.
+test: export PYTHONDONTWRITEBYTECODE :=
+test: export PYTHONPYCACHEPREFIX ?= $(CURDIR)/$(VENV)/pycache
 test: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/$(VENV)/jax-cache
 test: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.1
 test: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1

@@ -13,6 +13,22 @@ os.environ.setdefault(
 # and again takes a tenth of the time.
 gc.set_threshold(20_000, 20, 100)
 
+# One of these that is left for the end leaves the other test processes waiting.
+LONGEST = (
+    "test_devices_train_as_one",
+    "test_a_file_loads_on_every_backend",
+    "test_fit_with_a_length_that_is_not_known",
+    "test_onnx",
+    "test_two_replicas_train_like_one",
+    "test_the_page_runs",
+    "test_the_layer",
+)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.name.partition("[")[0] not in LONGEST)
+
+
 # Nothing in these is special to a backend; two run them.
 if os.environ.get("KERAS_BACKEND") == "tensorflow":
     collect_ignore = [

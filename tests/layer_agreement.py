@@ -48,10 +48,12 @@ def check_layer(layer, given, batch=2, length=75, smallest=0.0):
 
 
 def check_outputs(layer, given, batch=2, length=75):
-    """`check_layer` without gradients."""
+    """`check_layer` without gradients; what the layer returns."""
     inputs = tokens(batch, length, layer.router.kernel.shape[0])
     expected = mom_layer(layer, weights_of(layer), inputs.astype("float64"), **given)
-    assert_close(call(layer, inputs, **given), expected, 1e-5)
+    actual = call(layer, inputs, **given)
+    assert_close(actual, expected, 1e-5)
+    return actual
 
 
 def _rms(x):

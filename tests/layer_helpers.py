@@ -166,7 +166,8 @@ def _calls_so_far(functions, training, inputs, kwargs):
 def _compile_call(layer, training):
     if BACKEND == "tensorflow":
         return tf.function(
-            lambda inputs, kwargs: layer()(inputs, training=training, **kwargs)
+            lambda inputs, kwargs: layer()(inputs, training=training, **kwargs),
+            autograph=False,
         )
 
     def function(trainable, non_trainable, inputs, kwargs):

@@ -8,7 +8,7 @@ import keras_mom
 from keras_mom.models import QuantileLoss, mom_classifier, mom_encoder, mom_forecaster
 from keras_mom.models.masking import MaskedPooling
 from keras_mom.models.window_layers import Forecast, WindowNormalization
-from tests.layer_helpers import assert_close, to_numpy, tokens
+from tests.layer_helpers import BACKEND, assert_close, to_numpy, tokens
 
 SIZES = {"num_layers": 1, "hidden_dim": 8, "num_heads": 2, "key_dim": 4}
 # What compiles in the shortest time.
@@ -16,6 +16,8 @@ PLAIN = {**SIZES, "update_rule": "linear_attention", "conv_width": None}
 MASK = np.array([[0, 1, 1, 1, 0, 1, 1], [1, 1, 1, 1, 1, 0, 0]])
 IDS = np.random.default_rng(0).integers(0, 9, MASK.shape)
 HORIZON = 3
+# TensorFlow traces for seconds.
+EAGERLY = BACKEND == "tensorflow"
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +54,8 @@ def window(seed=1):
 
 
 def predict(model, inputs):
+    if EAGERLY:
+        return to_numpy(model(inputs))
     return model.predict(inputs, verbose=0)
 
 
@@ -112,7 +116,8 @@ def test_arguments_reach_the_layers(encoder):
 
 
 def test_losses_leave_out_what_the_mask_does(encoder):
-    encoder.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    encoder.compile("sgd", loss, run_eagerly=EAGERLY)
     labels = IDS % 3
     other = np.where(MASK > 0, labels, (labels + 1) % 3)
     losses = [
@@ -128,7 +133,7 @@ def test_rematerialization_changes_no_step():
         model = mom_encoder(**PLAIN, feature_dim=2, padding_mask=True, remat=remat)
         names = model.get_layer("block_0_mixer").forward_layer._remat_mode.layer_names
         assert bool(names) == remat or not remat
-        model.compile(keras.optimizers.SGD(0.05), "mse")
+        model.compile(keras.optimizers.SGD(0.05), "mse", run_eagerly=EAGERLY)
         x, y = tokens(2, 7, 2), tokens(2, 7, 8, seed=2)
         inputs = {"features": x, "padding_mask": MASK}
         losses.append([float(model.train_on_batch(inputs, y)) for _ in range(2)])
@@ -193,7 +198,8 @@ def test_a_forecast_keeps_the_scale_of_its_window(forecaster, tmp_path):
 def test_a_forecaster_learns_quantiles(forecaster):
     inputs = window()
     targets = 100 + tokens(2, HORIZON, 2, seed=4)
-    forecaster.compile(keras.optimizers.Adam(0.02), QuantileLoss((0.1, 0.5, 0.9)))
+    loss = QuantileLoss((0.1, 0.5, 0.9))
+    forecaster.compile(keras.optimizers.Adam(0.02), loss, run_eagerly=EAGERLY)
     losses = forecaster.fit(inputs, targets, epochs=10, verbose=0).history["loss"]
     assert losses[-1] < losses[0]
 

@@ -41,7 +41,7 @@ def make_lm(**kwargs):
 @pytest.fixture(scope="module")
 def lm():
     lm = make_lm(num_experts=2, experts_per_token=1)
-    lm.compile(keras.optimizers.SGD(0.1))
+    lm.compile(keras.optimizers.SGD(0.1), run_eagerly=BACKEND == "tensorflow")
     return lm
 
 

@@ -97,7 +97,6 @@ if keras.backend.backend() == "jax":
     @pytest.mark.parametrize(
         "rule, dtype",
         (
-            ("gated_delta_net", "float32"),
             ("gated_delta_net", "mixed_bfloat16"),
             ("kda", "float32"),
         ),

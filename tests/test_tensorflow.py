@@ -56,7 +56,7 @@ def test_a_saved_model_is_served_without_keras(tmp_path):
     tokens = keras.Input((None, 16))
     model = keras.Model(tokens, keras_mom.MoMLayer(2, 8)(tokens))
     inputs = np.random.default_rng(0).normal(size=(2, 70, 16)).astype("float32")
-    expected = model.predict(inputs, verbose=0)
+    expected = model(inputs).numpy()
     model.export(tmp_path / "model", verbose=False)
     np.save(tmp_path / "inputs.npy", inputs)
     run("-c", SERVING, tmp_path)
@@ -135,7 +135,7 @@ def test_lite_rt_needs_no_other_operations(rule, tmp_path):
     tokens = keras.Input((70, 16))
     model = keras.Model(tokens, keras_mom.MoMLayer(2, 8, update_rule=rule)(tokens))
     inputs = np.random.default_rng(0).normal(size=(2, 70, 16)).astype("float32")
-    expected = model.predict(inputs, verbose=0)
+    expected = model(inputs).numpy()
     path = tmp_path / "model.tflite"
     signature = [tf.TensorSpec(inputs.shape)]
     model.export(path, format="litert", input_signature=signature, verbose=False)

@@ -3,7 +3,8 @@
 Run by `test_layers.py`, in a process of its own, where Keras runs on torch.
 """
 
-import keras
+import random
+
 import numpy as np
 import torch
 
@@ -44,11 +45,11 @@ def main():
 
     # The kernels run on a CPU in the interpreter alone.
     triton_step._kernels = lambda tensor: kernels
-    random = np.random.default_rng(0)
-    inputs = torch.tensor(random.normal(size=(2, 3, 12)), dtype=torch.float32)
+    generator = np.random.default_rng(0)
+    inputs = torch.tensor(generator.normal(size=(2, 3, 12)), dtype=torch.float32)
     mask = torch.tensor([[1, 0, 1], [1, 1, 1]], dtype=torch.bool)
     for i, rule in enumerate(RULES):
-        keras.utils.set_random_seed(i)
+        random.seed(i)  # Keras' own function would import TensorFlow.
         layer = keras_mom.MoMLayer(
             num_heads=1,
             key_dim=6,
@@ -63,7 +64,7 @@ def main():
         )
         layer.build(inputs.shape)
         state = [
-            torch.tensor(random.normal(size=x.shape), dtype=torch.float32)
+            torch.tensor(generator.normal(size=x.shape), dtype=torch.float32)
             for x in layer.get_initial_state(2)
         ]
         found = []

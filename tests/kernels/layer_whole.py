@@ -5,8 +5,8 @@ GPU it runs there: `PYTHONPATH=.:kernels python tests/kernels/layer_whole.py`.
 """
 
 import itertools
+import random
 
-import keras
 import numpy as np
 import torch
 
@@ -92,9 +92,9 @@ def main(sizes=(2, 12, 16, 2, 8), dtypes=("float32",), memories=4, top_k=2):
     if DEVICE == "cpu":
         # The kernels run on a CPU in the interpreter alone.
         gpu.check = lambda tensor: None
-    random = np.random.default_rng(0)
+    generator = np.random.default_rng(0)
     for dtype in dtypes:
-        keras.utils.set_random_seed(1)
+        random.seed(1)  # Keras' own function would import TensorFlow.
         layer = keras_mom.MoMLayer(
             heads,
             head_dim,
@@ -104,10 +104,10 @@ def main(sizes=(2, 12, 16, 2, 8), dtypes=("float32",), memories=4, top_k=2):
             return_state=True,
             dtype=dtype,
         )
-        inputs = random.normal(size=(batch, length, width))
+        inputs = generator.normal(size=(batch, length, width))
         inputs = torch.tensor(inputs, device=DEVICE, dtype=getattr(torch, dtype))
         layer.build(inputs.shape)
-        cotangent = torch.tensor(random.normal(size=inputs.shape)).to(inputs)
+        cotangent = torch.tensor(generator.normal(size=inputs.shape)).to(inputs)
         mask = torch.ones((batch, length), dtype=torch.bool, device=DEVICE)
         mask[0, length // 3] = False
         segment_ids = torch.zeros((batch, length), dtype=torch.int32, device=DEVICE)
@@ -132,6 +132,8 @@ def main(sizes=(2, 12, 16, 2, 8), dtypes=("float32",), memories=4, top_k=2):
 
         # Pieces and single tokens through the kernels.
         pieces = [*range(length // 2, length), length]
+        if DEVICE == "cpu":
+            pieces = [length // 2, length - 2, length - 1, length]
         if memories > 4:
             pieces = [length // 2, length]
         with torch.no_grad():
@@ -145,7 +147,9 @@ def main(sizes=(2, 12, 16, 2, 8), dtypes=("float32",), memories=4, top_k=2):
         print(dtype, "in pieces", f"{worst:.1e}", flush=True)
         assert worst <= TOLERANCES[dtype][0], (dtype, worst)
         if memories <= 4:
-            decode_in_place(layer, inputs, whole, TOLERANCES[dtype][0])
+            some = slice(None) if DEVICE == "cuda" else slice(4)
+            few = inputs[:, some], whole[:, some]
+            decode_in_place(layer, *few, TOLERANCES[dtype][0])
 
 
 def main_of_many_memories(*arguments, **options):

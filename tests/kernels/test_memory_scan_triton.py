@@ -150,18 +150,9 @@ def test_aligned_segments_and_resets(decay):
     for row in range(2):
         borders |= {32 * row + 16 * int(chunk) for chunk in offsets[row]}
         borders |= {32 * row + place for place in starts[row]}
-    flat = {name: x.reshape(1, 64, *x.shape[2:]) for name, x in tensors.items()}
     sequences = torch.tensor(sorted(borders), dtype=torch.int32, device=DEVICE)
-    output, _ = memory_scan(
-        **tensors,
-        chunk_offsets=offsets.to(DEVICE),
-        chunk_size=16,
-        resets=resets.to(DEVICE),
-    )
-    expected, _ = memory_scan(**flat, cu_seqlens=sequences)
-    assert error(output.reshape(expected.shape), expected) <= 1e-6
 
-    def gradients(**how):
+    def results(**how):
         leaf = {name: x.detach().requires_grad_() for name, x in tensors.items()}
         inputs = leaf
         if "cu_seqlens" in how:
@@ -170,12 +161,14 @@ def test_aligned_segments_and_resets(decay):
         (
             result.reshape(2, 32, 1, 16) * torch.arange(16.0, device=DEVICE)
         ).sum().backward()
-        return {name: x.grad for name, x in leaf.items()}
+        return result.detach(), {name: x.grad for name, x in leaf.items()}
 
-    aligned = gradients(
+    output, aligned = results(
         chunk_offsets=offsets.to(DEVICE), chunk_size=16, resets=resets.to(DEVICE)
     )
-    for name, y in gradients(cu_seqlens=sequences).items():
+    expected, gradients = results(cu_seqlens=sequences)
+    assert error(output.reshape(expected.shape), expected) <= 1e-6
+    for name, y in gradients.items():
         assert error(aligned[name], y) <= 1e-5, name
 
 
@@ -212,7 +205,8 @@ def test_splits_of_aligned_segments_and_resets(monkeypatch):
     resets = torch.zeros((2, 112), dtype=torch.int32, device=DEVICE)
     resets[0, 40] = resets[1, 20] = 1
     how = dict(chunk_offsets=offsets.to(DEVICE), chunk_size=16, resets=resets)
-    cotangents = [torch.randn_like(x) for x in memory_scan(**tensors, **how)]
+    shapes = tensors["value"], tensors["initial_state"]
+    cotangents = [torch.randn_like(x) for x in shapes]
     whole = with_gradients(memory_scan, tensors, cotangents, **how)
     monkeypatch.setattr(torch_splits, "split_length", lambda *shapes: 2)
     cut = with_gradients(memory_scan, tensors, cotangents, **how)
