@@ -74,7 +74,8 @@ def assert_falls(losses):
 COMPILED = BACKEND != "torch"
 
 
-# "auto" is True on JAX and TensorFlow; `test_tensorflow.py` compares all there.
+# "auto" is True on JAX, and False on TensorFlow without a GPU, where
+# `test_tensorflow.py` compares all of them.
 HOW = {"jax": [True, False], "tensorflow": ["auto"], "torch": [True, False, "auto"]}
 
 
