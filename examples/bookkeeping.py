@@ -132,7 +132,8 @@ class Results:
                     f"`--known`: {path} is no file of such runs; it has no column "
                     f"{', '.join(sorted(missing))}"
                 )
-            self.known += [{c: row[c] for c in (*columns, *measured)} for row in rows]
+            rows = [{c: row[c] for c in (*columns, *measured)} for row in rows]
+            self.known += [row for row in rows if row not in self.known]
 
     def rows_of(self, run):
         """The lines of a run, a dict of `columns`; none if it is not finished."""
@@ -154,7 +155,8 @@ class Results:
             if name.endswith(".csv")
             for row in read_rows(os.path.join(self.folder, name))
         ]
-        write_rows(self.path, columns, self.known + rows)
+        known = [row for row in self.known if row not in rows]
+        write_rows(self.path, columns, known + rows)
 
     @contextlib.contextmanager
     def claimed(self, run):

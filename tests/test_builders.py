@@ -8,16 +8,21 @@ import keras_mom
 from keras_mom.models import QuantileLoss, mom_classifier, mom_encoder, mom_forecaster
 from keras_mom.models.masking import MaskedPooling
 from keras_mom.models.window_layers import Forecast, WindowNormalization
-from tests.layer_helpers import BACKEND, assert_close, to_numpy, tokens
+from tests.layer_helpers import (
+    EAGERLY,
+    QUICK,
+    assert_close,
+    outputs_of,
+    to_numpy,
+    tokens,
+)
 
 SIZES = {"num_layers": 1, "hidden_dim": 8, "num_heads": 2, "key_dim": 4}
 # What compiles in the shortest time.
-PLAIN = {**SIZES, "update_rule": "linear_attention", "conv_width": None}
+PLAIN = {**SIZES, **QUICK, "conv_width": None}
 MASK = np.array([[0, 1, 1, 1, 0, 1, 1], [1, 1, 1, 1, 1, 0, 0]])
 IDS = np.random.default_rng(0).integers(0, 9, MASK.shape)
 HORIZON = 3
-# TensorFlow traces for seconds.
-EAGERLY = BACKEND == "tensorflow"
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +58,6 @@ def window(seed=1):
     }
 
 
-def predict(model, inputs):
-    if EAGERLY:
-        return to_numpy(model(inputs))
-    return model.predict(inputs, verbose=0)
-
-
 def tagged(ids, mask):
     return {"token_ids": ids, "padding_mask": mask}
 
@@ -67,23 +66,23 @@ def tagged(ids, mask):
 
 
 def test_an_encoder_reads_in_both_directions_and_past_masked_tokens(encoder, tmp_path):
-    outputs = predict(encoder, tagged(IDS, MASK))
+    outputs = outputs_of(encoder, tagged(IDS, MASK))
     assert outputs.shape == (2, 7, 3) and np.isfinite(outputs).all()
     assert not outputs[MASK == 0].any()
     other = np.where(MASK > 0, IDS, (IDS + 1) % 9)
-    assert_close(predict(encoder, tagged(other, MASK)), outputs, 1e-6)
+    assert_close(outputs_of(encoder, tagged(other, MASK)), outputs, 1e-6)
     # The last valid token reaches the first, and the first the last.
     for changed, seen in ((6, 1), (1, 6)):
         other = IDS.copy()
         other[0, changed] = (other[0, changed] + 1) % 9
-        moved = predict(encoder, tagged(other, MASK)) - outputs
+        moved = outputs_of(encoder, tagged(other, MASK)) - outputs
         assert np.abs(moved[0, seen]).max() > 1e-4
         assert not moved[1].any()
 
     encoder.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     assert type(loaded) is type(encoder) and not loaded.compiled
-    assert_close(predict(loaded, tagged(IDS, MASK)), outputs, 1e-6)
+    assert_close(outputs_of(loaded, tagged(IDS, MASK)), outputs, 1e-6)
 
 
 def test_arguments_reach_the_layers(encoder):
@@ -151,7 +150,7 @@ def test_padding_changes_no_class():
     )
     ids = 1 + IDS[:1] % 8
     padded = np.pad(ids, ((0, 0), (2, 3)))
-    assert_close(predict(model, padded), predict(model, ids), 1e-5)
+    assert_close(outputs_of(model, padded), outputs_of(model, ids), 1e-5)
 
 
 @pytest.mark.parametrize("mode", ("mean", "max", "last"))
@@ -173,26 +172,26 @@ def test_pooling_takes_valid_tokens(mode):
 
 def test_a_forecast_keeps_the_scale_of_its_window(forecaster, tmp_path):
     inputs = window()
-    outputs = predict(forecaster, inputs)
+    outputs = outputs_of(forecaster, inputs)
     assert outputs.shape == (2, HORIZON, 2, 3) and np.isfinite(outputs).all()
     assert (np.diff(outputs, axis=-1) > 0).all()
     scale, center = np.array([40, 0.01], "float32"), np.array([7, -3], "float32")
     moved = {**inputs, "values": inputs["values"] * scale + center}
     expected = outputs * scale[:, None] + center[:, None]
-    assert_close(predict(forecaster, moved), expected, 1e-4)
+    assert_close(outputs_of(forecaster, moved), expected, 1e-4)
     # Steps that do not count, whatever they hold.
     hidden = np.where(MASK[..., None] > 0, inputs["values"], 1e9)
-    assert_close(predict(forecaster, {**inputs, "values": hidden}), outputs, 1e-5)
+    assert_close(outputs_of(forecaster, {**inputs, "values": hidden}), outputs, 1e-5)
     # A covariate of the last step to come moves that step alone.
     known = inputs["known_covariates"].copy()
     known[:, -1] += 1
-    change = predict(forecaster, {**inputs, "known_covariates": known}) - outputs
+    change = outputs_of(forecaster, {**inputs, "known_covariates": known}) - outputs
     assert np.abs(change[:, -1]).max() > 1e-3 and np.abs(change[:, :-1]).max() < 1e-5
 
     forecaster.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     assert type(loaded) is type(forecaster)
-    assert_close(predict(loaded, inputs), outputs, 1e-6)
+    assert_close(outputs_of(loaded, inputs), outputs, 1e-6)
 
 
 def test_a_forecaster_learns_quantiles(forecaster):

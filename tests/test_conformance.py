@@ -6,12 +6,10 @@ import pytest
 from keras.src.testing import TestCase
 
 import keras_mom
-from tests.layer_helpers import assert_close, call, make_layer, tokens
+from tests.layer_helpers import QUICK, assert_close, call, make_layer, tokens
 
 SIZES = {"num_heads": 2, "key_dim": 4, "num_memories": 3}
 SHAPE = (2, 5, 8)
-# In a wrapper the rule does not matter; this one compilers are quickest with.
-QUICK = {"update_rule": "linear_attention"}
 
 
 def arguments(**changes):

@@ -6,7 +6,7 @@ import pytest
 
 import keras_mom
 from keras_mom.models import MoMBackbone, MoMCausalLM, mom_forecaster
-from tests.layer_helpers import BACKEND, assert_close, to_numpy, tokens
+from tests.layer_helpers import BACKEND, assert_close, outputs_of, to_numpy, tokens
 
 LENGTH = 12
 
@@ -33,13 +33,6 @@ def inputs():
 def valid(output, inputs):
     """The output at tokens that count."""
     return np.asarray(output)[np.asarray(inputs["padding_mask"]) > 0]
-
-
-def outputs_of(model, inputs):
-    """`predict` is traced for seconds by TensorFlow; eager JAX compiles much more."""
-    if BACKEND == "jax":
-        return model.predict(inputs, verbose=0)
-    return to_numpy(model(inputs))
 
 
 def spec_of(inputs):

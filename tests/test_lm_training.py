@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from keras_mom.models import MoMBackbone, MoMCausalLM
-from tests.layer_helpers import BACKEND, to_numpy
+from tests.layer_helpers import BACKEND, EAGERLY, to_numpy
 
 VOCABULARY, B, T = 11, 2, 9
 
@@ -41,7 +41,7 @@ def make_lm(**kwargs):
 @pytest.fixture(scope="module")
 def lm():
     lm = make_lm(num_experts=2, experts_per_token=1)
-    lm.compile(keras.optimizers.SGD(0.1), run_eagerly=BACKEND == "tensorflow")
+    lm.compile(keras.optimizers.SGD(0.1), run_eagerly=EAGERLY)
     return lm
 
 

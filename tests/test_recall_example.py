@@ -1,6 +1,7 @@
 """`examples/recall`: what is asked, which runs are made, how they are shared out."""
 
 import dataclasses
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -140,6 +141,13 @@ def test_known_runs_are_not_made_again(example, tmp_path, monkeypatch, capsys):
     assert "| 2 |" in printed  # seeds of the table
     everything = (tmp_path / "second" / "results.csv").read_text()
     assert everything.startswith(kept.read_text()) and everything.count("\n") == 3
+    # What is known twice, or the folder has itself, is there once.
+    shutil.copy(tmp_path / "second" / "results.csv", tmp_path / "again.csv")
+    sys.argv += [str(tmp_path / "again.csv"), "--seeds", "0", "1", "2"]
+    example.main()
+    again = (tmp_path / "second" / "results.csv").read_text()
+    assert again.count("\n") == 4 and set(again.split()) > set(everything.split())
+    sys.argv[-5:] = []
     kept.write_text("task,model\nmqar,single\n")
     with pytest.raises(ValueError, match="`--known`.*no column accuracy, active_state"):
         example.main()

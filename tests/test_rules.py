@@ -45,9 +45,11 @@ each_rule = pytest.mark.parametrize("rule", RULES)
 # Masks and pieces go through the scan, which compilers take long for: every rule where
 # nothing is compiled, elsewhere one of each recurrence and the two with a scan of their
 # own.
-SCANS = ["gla", "gated_delta_net", "kda", "titans", "rwkv6", "gsa"]
 each_scan = pytest.mark.parametrize(
-    "name", list(STEPS) if BACKEND == "torch" else SCANS
+    "name",
+    list(STEPS)
+    if BACKEND == "torch"
+    else ["gla", "gated_delta_net", "kda", "titans", "rwkv6", "gsa"],
 )
 
 
@@ -122,7 +124,7 @@ def test_the_plain_layer_of_a_rule(name):
     check_layer(layer, {}, length=40)
 
 
-@pytest.mark.parametrize("name", SCANS if BACKEND == "torch" else ["gated_delta_net"])
+@some_names
 def test_16k_tokens_in_bfloat16(name):
     plain = {"num_memories": 1, "top_k": 1, "shared_memory": False, "num_heads": 1}
     sizes = {"key_dim": 8, "value_dim": 8, "conv_width": None, "width": 8}

@@ -17,6 +17,8 @@ import pytest
 import keras_mom
 from tests.layer_helpers import (
     BACKEND,
+    EAGERLY,
+    QUICK,
     assert_close,
     call,
     make_layer,
@@ -28,8 +30,6 @@ from tests.layer_helpers import (
 WIDTH = 12
 INPUTS = tokens(2, 9, WIDTH)
 SIZES = {"num_heads": 2, "key_dim": 6, "value_dim": 10}
-# The rule that compilers are quickest with, for what does not depend on the rule.
-QUICK = {"update_rule": "linear_attention"}
 
 
 @keras.saving.register_keras_serializable("keras_mom_tests")
@@ -175,7 +175,7 @@ def test_a_file_needs_no_custom_objects(settings, tmp_path):
 
 def test_a_trained_model_goes_on_training(tmp_path):
     model = model_of(make_layer(balance_loss_weight=0.1))
-    model.compile("adam", "mse", run_eagerly=BACKEND == "tensorflow")
+    model.compile("adam", "mse", run_eagerly=EAGERLY)
     model.fit(INPUTS, INPUTS, epochs=2, verbose=0)
     loaded = assert_survives(model, tmp_path)
     share = model.layers[1].routing_statistics["share"]
@@ -347,7 +347,7 @@ def test_lora_trains_nothing_else():
     layer.enable_lora(2)
     kernels = [layer.query_projection._kernel, layer.output_projection._kernel]
     before = [to_numpy(k.value) for k in kernels]
-    model.compile("adam", "mse", run_eagerly=BACKEND == "tensorflow")
+    model.compile("adam", "mse", run_eagerly=EAGERLY)
     model.fit(INPUTS, INPUTS, epochs=2, verbose=0)
     for kernel, value in zip(kernels, before):
         np.testing.assert_array_equal(to_numpy(kernel.value), value)

@@ -9,6 +9,8 @@ import pytest
 import keras_mom
 from tests.layer_helpers import (
     BACKEND,
+    EAGERLY,
+    QUICK,
     assert_close,
     call,
     evaluate,
@@ -20,9 +22,6 @@ from tests.layer_helpers import (
 
 WIDTH = 12
 SIZES = {"num_heads": 2, "key_dim": 6, "value_dim": 10}
-TENSORFLOW = BACKEND == "tensorflow"
-# The rule that compilers are quickest with, for what does not depend on the rule.
-QUICK = {"update_rule": "linear_attention"}
 
 
 def delayed(inputs):
@@ -55,8 +54,7 @@ def fit(model, inputs, targets=None, epochs=4, **kwargs):
 
 
 def compiled(model, rate=0.02, optimizer=None, **kwargs):
-    """TensorFlow traces for seconds: where it is not about that, it runs eagerly."""
-    kwargs.setdefault("run_eagerly", TENSORFLOW and "jit_compile" not in kwargs)
+    kwargs.setdefault("run_eagerly", EAGERLY and "jit_compile" not in kwargs)
     optimizer = optimizer or keras.optimizers.Adam(rate)
     model.compile(optimizer, kwargs.pop("loss", "mse"), **kwargs)
     return model

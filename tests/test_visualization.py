@@ -10,7 +10,7 @@ import pytest
 import keras_mom
 from keras_mom import callbacks, visualization
 from keras_mom.visualization.event_file import EventFile, _masked_checksum
-from tests.layer_helpers import BACKEND, make_layer, tokens
+from tests.layer_helpers import EAGERLY, make_layer, tokens
 
 BATCH, LENGTH, MEMORIES, VOCABULARY = 4, 10, 3, 12
 
@@ -25,7 +25,7 @@ def model():
         x = keras_mom.MoMLayer(2, 4, num_memories=MEMORIES, name="mom")(x)
     model = keras.Model(ids, keras.layers.Dense(VOCABULARY)(x))
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile("adam", loss, run_eagerly=BACKEND == "tensorflow")
+    model.compile("adam", loss, run_eagerly=EAGERLY)
     return model
 
 
