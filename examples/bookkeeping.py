@@ -227,9 +227,10 @@ def draw(plot, rows, folder):
 def draw_spread(axes, name, points):
     """Draws places and the values of the seeds at each: mean, lowest and highest."""
     means = [statistics.fmean(values) for _, values in points]
+    # Rounding may put the mean of equal values outside of them.
     spread = [
-        [mean - min(values) for mean, (_, values) in zip(means, points)],
-        [max(values) - mean for mean, (_, values) in zip(means, points)],
+        [max(0.0, mean - min(values)) for mean, (_, values) in zip(means, points)],
+        [max(0.0, max(values) - mean) for mean, (_, values) in zip(means, points)],
     ]
     places = [place for place, _ in points]
     # Colours begin again after ten.

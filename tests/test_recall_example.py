@@ -96,6 +96,18 @@ def test_best_rate_alone_for_other_seeds(example, tmp_path):
     assert {row["learning_rate"] for row in chosen} == {"0.2"}
 
 
+def test_plot_of_seeds_that_agree(example, tmp_path):
+    """The mean of three times 0.90004 is above each of them, by rounding."""
+    preset = example.PRESETS["small"].changed(models=("single",), seeds=(0, 1, 2))
+    measured = dict.fromkeys(example.MEASURED, "1") | {"accuracy": "0.90004"}
+    rows = [
+        {name: str(value) for name, value in run.items()} | measured
+        for run, _, _ in example.list_runs(preset)
+    ]
+    files = example.plot(rows, str(tmp_path))
+    assert [str(tmp_path / f"mqar_against_{x}.png") for x in ("state", "length")] == files
+
+
 def test_a_run_is_claimed_once(example, tmp_path):
     results = example.Results(tmp_path, ("a",), ("b",), lambda run: f"run{run['a']}")
     with results.claimed({"a": 1}) as first, results.claimed({"a": 1}) as second:
