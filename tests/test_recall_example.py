@@ -104,8 +104,8 @@ def test_plot_of_seeds_that_agree(example, tmp_path):
         {name: str(value) for name, value in run.items()} | measured
         for run, _, _ in example.list_runs(preset)
     ]
-    files = example.plot(rows, str(tmp_path))
-    assert [str(tmp_path / f"mqar_against_{x}.png") for x in ("state", "length")] == files
+    for file in example.plot(rows, str(tmp_path)):
+        assert (tmp_path / file).stat().st_size > 0
 
 
 def test_a_run_is_claimed_once(example, tmp_path):
