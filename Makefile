@@ -16,6 +16,8 @@ KERAS_HUB := $(VENV)/keras-hub
 BACKEND := $(or $(KERAS_BACKEND),jax)
 BACKENDS ?= jax torch tensorflow
 PYTEST_ARGS ?= -q -n 2 --dist worksteal
+# What `make test` leaves to `make test-all`.
+SELECTION = -m 'not exhaustive'
 DEMO_ARGS ?=
 RECALL_ARGS ?=
 
@@ -34,7 +36,7 @@ test: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 pins_torch := torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench-cpu recall test-keras-hub compile-tpu test-mosaic clean
+.PHONY: help demo test test-all lint bench-cpu recall test-keras-hub compile-tpu test-mosaic clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -47,17 +49,20 @@ help: ## Show this list
 demo: $(VENV)/.installed-$(BACKEND) ## Train, sample, save and reload a small language model
 	KERAS_BACKEND=$(BACKEND) $(PY) examples/quickstart.py $(DEMO_ARGS)
 
-test: $(VENV)/.installed-test ## Run the tests on every backend, then the kernel tests
+test: $(VENV)/.installed-test ## Run the tests on every backend, then of the kernels
 	@failed=""; \
 	for backend in $(BACKENDS); do \
 	    echo "==> tests on $$backend"; \
-	    KERAS_BACKEND=$$backend $(PY) -m pytest tests --ignore=tests/kernels $(PYTEST_ARGS) \
-	        || failed="$$failed $$backend"; \
+	    KERAS_BACKEND=$$backend $(PY) -m pytest tests --ignore=tests/kernels \
+	        $(SELECTION) $(PYTEST_ARGS) || failed="$$failed $$backend"; \
 	done; \
 	echo "==> tests of the kernels"; \
-	$(PY) -m pytest tests/kernels $(PYTEST_ARGS) || failed="$$failed kernels"; \
+	$(PY) -m pytest tests/kernels $(SELECTION) $(PYTEST_ARGS) || failed="$$failed kernels"; \
 	if [ -n "$$failed" ]; then echo "==> FAILED:$$failed"; exit 1; fi; \
 	echo "==> passed: $(BACKENDS) kernels"
+
+test-all: SELECTION :=
+test-all: test ## Run the tests that `make test` leaves out too
 
 lint: $(VENV)/.installed-test $(VENV)/.installed-dev ## Run ruff and pyright
 	$(PY) -m ruff check .

@@ -16,6 +16,7 @@ from tests.layer_helpers import (
     to_numpy,
     tokens,
 )
+from tests.selection import exhaustive_on
 
 SIZES = {"num_layers": 1, "hidden_dim": 8, "num_heads": 2, "key_dim": 4}
 # What compiles in the shortest time.
@@ -125,6 +126,7 @@ def test_losses_leave_out_what_the_mask_does(encoder):
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
+@exhaustive_on("tensorflow")
 def test_rematerialization_changes_no_step():
     losses = []
     for remat in (False, True):
@@ -194,6 +196,7 @@ def test_a_forecast_keeps_the_scale_of_its_window(forecaster, tmp_path):
     assert_close(outputs_of(loaded, inputs), outputs, 1e-6)
 
 
+@exhaustive_on("tensorflow")
 def test_a_forecaster_learns_quantiles(forecaster):
     inputs = window()
     targets = 100 + tokens(2, HORIZON, 2, seed=4)

@@ -14,6 +14,7 @@ from keras_mom.convert import Checkpoint, checkpoint, fla_config_of, from_fla, t
 from keras_mom.models import MoMBackbone, MoMCausalLM
 from tests import fla_reference as reference
 from tests.layer_helpers import relative_rms
+from tests.selection import covering
 
 safetensors = pytest.importorskip("safetensors.numpy")
 
@@ -69,7 +70,7 @@ def assert_same_bits(actual, expected):
         assert actual[name].tobytes() == value.tobytes(), name
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", covering(CASES, ["plain"]))
 def test_logits_are_those_of_the_published_model(case, plain):
     config, tensors, lm = plain
     if case != "plain":

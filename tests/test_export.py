@@ -7,6 +7,7 @@ import pytest
 import keras_mom
 from keras_mom.models import MoMBackbone, MoMCausalLM, mom_forecaster
 from tests.layer_helpers import BACKEND, assert_close, outputs_of, to_numpy, tokens
+from tests.selection import exhaustive_on
 
 LENGTH = 12
 
@@ -59,6 +60,7 @@ if BACKEND != "torch":
                 valid(actual, part), valid(expected[:rows, :length], part), 1e-5
             )
 
+    @exhaustive_on("jax")
     def test_a_saved_forecaster_knows_the_length_of_its_covariates(tmp_path):
         keras.utils.set_random_seed(0)
         model = mom_forecaster(

@@ -10,7 +10,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.layer_helpers import (
-    BACKEND,
     assert_close,
     call,
     evaluate,
@@ -20,6 +19,7 @@ from tests.layer_helpers import (
     tokens,
 )
 from tests.layer_reference import mom_layer, weights_of
+from tests.selection import covering
 
 BATCH, LENGTH, WIDTH = 3, 20, 12
 VARIANTS = {
@@ -72,7 +72,7 @@ def assert_same(actual, expected):
 # Causality.
 
 
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", covering([False, True], [True]))
 @each_variant
 def test_later_tokens_change_no_earlier_output(variant, training):
     layer = layer_of(variant)
@@ -225,7 +225,7 @@ def test_a_split_inside_a_document_equals_the_whole():
     assert_close((np.concatenate([first, second], axis=1), state), whole, 1e-5)
 
 
-@pytest.mark.parametrize("length", [1, LENGTH] if BACKEND == "torch" else [1])
+@pytest.mark.parametrize("length", covering([1, LENGTH], [1]))
 def test_the_state_passed_in_is_never_changed(length):
     layer = layer_of()
     inputs = keras.ops.convert_to_tensor(tokens(BATCH, length, WIDTH))
@@ -440,8 +440,7 @@ def test_ties_go_to_the_lowest_memory():
 
 
 @pytest.mark.parametrize(
-    "rule",
-    ["gated_delta_net", "linear_attention"][: 2 if BACKEND == "torch" else 1],
+    "rule", covering(["gated_delta_net", "linear_attention"], ["gated_delta_net"])
 )
 def test_64k_tokens_stay_finite(rule, monkeypatch):
     """One head forgets by exp(-20) and more a step, and one forgets nothing."""

@@ -5,7 +5,6 @@ import pytest
 
 from tests.layer_agreement import check_layer
 from tests.layer_helpers import (
-    BACKEND,
     assert_close,
     bfloat16_product,
     call,
@@ -16,6 +15,7 @@ from tests.layer_helpers import (
     tokens,
 )
 from tests.layer_reference import mom_layer, weights_of
+from tests.selection import covering
 
 VARIANTS = {
     "defaults": {},
@@ -34,29 +34,17 @@ VARIANTS = {
     "every_memory": {"num_memories": 3, "top_k": 3, "norm_epsilon": 1e-3},
 }
 
-# Torch compiles nothing, and meets options one by one; elsewhere some come together.
-if BACKEND == "torch":
-    EACH, SOME = VARIANTS, ("no_shared_memory", "no_convolution", "linear_attention")
-else:
-    VARIANTS["shared_projections_and_narrow"] = {
-        "per_memory_projections": False,
-        "conv_width": 1,
-        "use_output_gate": False,
-    }
-    VARIANTS["additive_alone"] = {
-        "update_rule": "linear_attention",
-        "shared_memory": False,
-        "conv_width": None,
-    }
-    EACH = (
-        "defaults",
-        "shared_projections_and_narrow",
-        "shared_projections_alone",
-        "value_dim_is_key_dim",
-        "one_memory",
-        "every_memory",
-    )
-    SOME = ("additive_alone",)
+# Some come together where tests compile.
+VARIANTS["shared_projections_and_narrow"] = {
+    "per_memory_projections": False,
+    "conv_width": 1,
+    "use_output_gate": False,
+}
+VARIANTS["additive_alone"] = {
+    "update_rule": "linear_attention",
+    "shared_memory": False,
+    "conv_width": None,
+}
 
 # Two chunks of the scan in the fuller memories, and rows left over.
 BATCH, LENGTH, WIDTH = 2, 75, 12
@@ -81,13 +69,30 @@ def _state(layer):
     return tuple(tokens(*shape, seed=7) for shape in shapes)
 
 
-@pytest.mark.parametrize("variant", EACH)
+@pytest.mark.parametrize(
+    "variant",
+    covering(
+        VARIANTS,
+        [
+            "defaults",
+            "shared_projections_and_narrow",
+            "shared_projections_alone",
+            "every_memory",
+        ],
+    ),
+)
 def test_output_state_and_gradients(variant):
     layer = make_layer(return_state=True, **VARIANTS[variant])
     check_layer(layer, {})
 
 
-@pytest.mark.parametrize("variant", ["defaults", *SOME])
+@pytest.mark.parametrize(
+    "variant",
+    covering(
+        ["defaults", "no_shared_memory", "linear_attention", "additive_alone"],
+        ["defaults", "additive_alone"],
+    ),
+)
 def test_with_mask_documents_and_state(variant):
     layer = make_layer(return_state=True, **VARIANTS[variant])
     given = {
@@ -129,7 +134,13 @@ def test_route_is_the_routing_of_the_call():
     assert relative_rms(call(layer, inputs), expected) < 1e-5
 
 
-@pytest.mark.parametrize("variant", ["defaults", *SOME[-2:]])
+@pytest.mark.parametrize(
+    "variant",
+    covering(
+        ["defaults", "no_convolution", "linear_attention", "additive_alone"],
+        ["defaults", "additive_alone"],
+    ),
+)
 def test_mixed_bfloat16(variant):
     """All that a bfloat16 layer adds to its bfloat16 projections stays below 5e-3.
 

@@ -13,6 +13,7 @@ from contracts.memory_scan import (
 )
 from gradients import value_and_grad
 from keras import ops
+from selection import exhaustive
 
 from keras_mom import backend
 from keras_mom.ops import dispatch, memory_scan
@@ -38,8 +39,8 @@ if keras.backend.backend() == "tensorflow":
         "rule, packed",
         (
             (("head", "delta", False), True),
-            (("none", "additive", False), False),
-            (("value", "additive", False), True),
+            pytest.param(("none", "additive", False), False, marks=exhaustive),
+            pytest.param(("value", "additive", False), True, marks=exhaustive),
         ),
     )
     def test_eager_calls_are_those_of_the_portable_form(rule, packed):

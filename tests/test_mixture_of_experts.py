@@ -8,6 +8,7 @@ from keras.src.testing import TestCase
 
 from keras_mom.models import GatedMLP, MixtureOfExperts
 from tests.layer_helpers import assert_close, call, to_numpy, tokens
+from tests.selection import once
 
 SIZES = {"num_experts": 4, "experts_per_token": 2, "intermediate_dim": 6}
 SHAPE = (2, 5, 8)
@@ -144,6 +145,7 @@ def test_every_expert_is_drawn_as_a_network_of_its_own():
         assert not np.allclose(blocks[0], blocks[1])
 
 
+@once
 def test_lora_and_int8_survive_a_file(tmp_path):
     layer = make_experts(shared_expert=True)
     inputs = keras.Input(SHAPE[1:])

@@ -12,6 +12,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from selection import exhaustive
 
 from keras_mom import MoMLayer
 from keras_mom.ops.dispatch import implementations, operations
@@ -98,7 +99,7 @@ if keras.backend.backend() == "jax":
         "rule, dtype",
         (
             ("gated_delta_net", "mixed_bfloat16"),
-            ("kda", "float32"),
+            pytest.param("kda", "float32", marks=exhaustive),
         ),
     )
     def test_sequences(accelerator, rule, dtype):

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from tests.layer_helpers import (
-    BACKEND,
     assert_close,
     call,
     evaluate,
@@ -21,6 +20,7 @@ from tests.layer_helpers import (
     tokens,
 )
 from tests.layer_reference import mom_layer, weights_of
+from tests.selection import covering
 
 BATCH, LENGTH, WIDTH = 2, 40, 12
 
@@ -121,7 +121,7 @@ def test_defect_6_the_state_is_not_changed_in_place():
     )
 
 
-@pytest.mark.parametrize("memories", [4, 8] if BACKEND == "torch" else [8])
+@pytest.mark.parametrize("memories", covering([4, 8], [8]))
 def test_defect_7_a_decode_step_reads_nothing_from_the_device(memories, monkeypatch):
     """No tensor becomes a Python value, whatever the number of rows and memories.
 

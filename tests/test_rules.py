@@ -22,10 +22,10 @@ from tests.layer_helpers import (
 from tests.layer_reference import lone_memory, weights_of
 from tests.rule_extremes import EXTREMES, apply
 from tests.rule_reference import STEPS
+from tests.selection import covering
 
 WIDTH = 12
-# Options change nothing but what `prepare` computes: they are held to the equations on
-# one backend, the rules on all.
+# Options change nothing but what `prepare` computes.
 RULES = {
     **{name: name for name in STEPS},
     "gla of rank 3": keras_mom.rules.GLA(rank=3, temperature=2.0),
@@ -42,15 +42,8 @@ RULES = {
     "ttt at a rate of 2": keras_mom.rules.TTT(learning_rate=2.0),
 }
 each_rule = pytest.mark.parametrize("rule", RULES)
-# Masks and pieces go through the scan, which compilers take long for: every rule where
-# nothing is compiled, elsewhere one of each recurrence and the two with a scan of their
-# own.
-each_scan = pytest.mark.parametrize(
-    "name",
-    list(STEPS)
-    if BACKEND == "torch"
-    else ["gla", "gated_delta_net", "kda", "titans", "rwkv6", "gsa"],
-)
+# One of each recurrence, and the two with a scan of their own.
+EACH_SCAN = ["gla", "gated_delta_net", "kda", "titans", "rwkv6", "gsa"]
 
 
 def layer_of(rule, **kwargs):
@@ -61,7 +54,7 @@ def test_the_transcriptions_cover_every_rule():
     assert set(STEPS) == set(keras_mom.rules.names())
 
 
-@pytest.mark.parametrize("rule", RULES if BACKEND == "torch" else STEPS)
+@pytest.mark.parametrize("rule", covering(RULES, EACH_SCAN))
 def test_the_layer_follows_the_rule(rule):
     """Output, final state and every gradient, at common gates and at extreme ones."""
     layer = layer_of(rule)
@@ -74,7 +67,13 @@ def test_the_layer_follows_the_rule(rule):
         apply(variables, {name: (1.0, 0.0) for name in setting}, values)
 
 
-@pytest.mark.parametrize("conv_width", [None, 1])
+@pytest.mark.parametrize("name", [name for name in STEPS if name not in EACH_SCAN])
+def test_outputs_follow_the_rule(name):
+    """On every backend; gradients too, as above, are exhaustive where tests compile."""
+    check_outputs(layer_of(name), {}, batch=1, length=20)
+
+
+@pytest.mark.parametrize("conv_width", covering([None, 1], [None]))
 def test_reading_before_the_update_needs_no_convolution(conv_width):
     layer = layer_of("rwkv6", conv_width=conv_width)
     check_layer(layer, company(layer), length=40)
@@ -88,7 +87,7 @@ def company(layer):
     return {"mask": mask, "segment_ids": ids, "initial_state": state}
 
 
-@each_scan
+@pytest.mark.parametrize("name", covering(STEPS, ["gated_delta_net", "kda", "gsa"]))
 def test_with_mask_documents_and_state(name):
     """As the equations say, in one piece and in several; causal, each row alone."""
     layer = layer_of(name, per_memory_projections=False)
@@ -111,10 +110,7 @@ def test_with_mask_documents_and_state(name):
     assert not np.allclose(after[0, 27:], whole[0][0, 27:])
 
 
-# Every rule where nothing is compiled, elsewhere one.
-some_names = pytest.mark.parametrize(
-    "name", list(STEPS) if BACKEND == "torch" else ["gated_delta_net"]
-)
+some_names = pytest.mark.parametrize("name", covering(STEPS, ["gated_delta_net"]))
 
 
 @some_names

@@ -26,6 +26,7 @@ from tests.layer_helpers import (
     to_numpy,
     tokens,
 )
+from tests.selection import covering, once
 
 WIDTH = 12
 INPUTS = tokens(2, 9, WIDTH)
@@ -173,6 +174,7 @@ def test_a_file_needs_no_custom_objects(settings, tmp_path):
     assert_survives(model_of(make_layer(**settings)), tmp_path)
 
 
+@once
 def test_a_trained_model_goes_on_training(tmp_path):
     model = model_of(make_layer(balance_loss_weight=0.1))
     model.compile("adam", "mse", run_eagerly=EAGERLY)
@@ -353,7 +355,7 @@ def test_lora_trains_nothing_else():
         np.testing.assert_array_equal(to_numpy(kernel.value), value)
 
 
-@pytest.mark.parametrize("through", ["layer", "model"])
+@pytest.mark.parametrize("through", covering(["layer", "model"], ["layer"]))
 def test_int8(through, tmp_path):
     layer = make_layer(**QUICK if through == "model" else {})
     model = model_of(layer)
@@ -374,6 +376,7 @@ def test_int8(through, tmp_path):
     assert loaded.layers[1].get_config() == layer.get_config()
 
 
+@once
 def test_int8_behind_lora(tmp_path):
     model, layer = with_lora()
     before = outputs_of(model)

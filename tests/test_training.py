@@ -19,6 +19,7 @@ from tests.layer_helpers import (
     to_numpy,
     tokens,
 )
+from tests.selection import covering, exhaustive, exhaustive_on, once
 
 WIDTH = 12
 SIZES = {"num_heads": 2, "key_dim": 6, "value_dim": 10}
@@ -68,13 +69,17 @@ def assert_falls(losses):
 # Compilers. On torch, `jit_compile=True` is `torch.compile`.
 
 
-# One model only: `torch.compile` takes most of a minute.
 COMPILED = BACKEND != "torch"
 
 
 # "auto" is True on JAX, and False on TensorFlow without a GPU, where
 # `test_tensorflow.py` compares all of them.
-HOW = {"jax": [True, False], "tensorflow": ["auto"], "torch": [True, False, "auto"]}
+HOW = {
+    "jax": [True, False],
+    "tensorflow": ["auto"],
+    # `torch.compile` of a training step takes more than a minute.
+    "torch": [pytest.param(True, marks=exhaustive), False, "auto"],
+}
 
 
 @pytest.mark.parametrize("jit_compile", HOW[BACKEND])
@@ -84,12 +89,14 @@ def test_fit_with_a_length_that_is_not_known(jit_compile):
     assert_falls(fit(model, tokens(4, 10, WIDTH)))
 
 
+@once
 def test_fit_with_a_fixed_length():
     model, _ = model_of(10, **QUICK)
     compiled(model, jit_compile=COMPILED)
     assert_falls(fit(model, tokens(4, 10, WIDTH)))
 
 
+@once
 def test_fit_with_two_lengths_in_turn():
     model, _ = model_of(None)
     compiled(model, jit_compile=COMPILED)
@@ -101,6 +108,7 @@ def test_fit_with_two_lengths_in_turn():
         assert_falls(history)
 
 
+@exhaustive_on("tensorflow")
 def test_compilers_agree():
     """One step, compiled and not, from the same weights."""
     results = []
@@ -113,7 +121,9 @@ def test_compilers_agree():
     assert_close(*results, 1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize(
+    "dtype", covering(["mixed_bfloat16", "mixed_float16"], ["mixed_bfloat16"])
+)
 def test_fit_with_mixed_precision(dtype):
     model, layer = model_of(10, dtype=dtype)
     compiled(model, optimizer="adam")
@@ -207,6 +217,7 @@ def test_the_balance_loss_counts_in_fit():
     np.testing.assert_allclose(measured, expected, rtol=1e-5)
 
 
+@once
 def test_the_balance_loss_balances():
     model, layer = model_of(20, balance_loss_weight=1.0, top_k=1, **QUICK)
     kernel = 0.1 * to_numpy(layer.router.kernel.value)
@@ -369,7 +380,7 @@ def trained():
     return _train()
 
 
-@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("scope", covering(SCOPES, ["full", "larger than"]))
 def test_remat_changes_no_result(scope, trained):
     """Weights behind training, and so gradients; losses; and statistics."""
     left, share, runs = _train(SCOPES[scope])
@@ -383,6 +394,7 @@ def test_remat_changes_no_result(scope, trained):
         assert runs == 1 + again * (expected_runs - 1)
 
 
+@exhaustive_on("tensorflow")
 def test_remat_with_everything_given():
     inputs, cotangent = tokens(2, 10, WIDTH), tokens(2, 10, WIDTH, seed=2)
     plain = make_layer(return_state=True)

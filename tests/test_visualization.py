@@ -11,6 +11,7 @@ import keras_mom
 from keras_mom import callbacks, visualization
 from keras_mom.visualization.event_file import EventFile, _masked_checksum
 from tests.layer_helpers import EAGERLY, make_layer, tokens
+from tests.selection import exhaustive_on
 
 BATCH, LENGTH, MEMORIES, VOCABULARY = 4, 10, 3, 12
 
@@ -96,6 +97,7 @@ def test_layers_come_in_the_model_s_order():
     assert names == ["block_0/mom", "block_2/mom"]
 
 
+@exhaustive_on("tensorflow")
 def test_monitor_in_training(model, ids, tmp_path):
     """Of a sample, and of the last batch, which is the sample here."""
     pytest.importorskip("matplotlib")

@@ -44,7 +44,6 @@ def test_kernels_around_the_scan_spill_no_register():
         assert int(stack) == 0, (name, registers, stack)
 
 
-@pytest.mark.parametrize("target, arch", (("cuda", 80), ("hip", "gfx942")))
 @pytest.mark.parametrize(
     "script, arguments, count",
     (
@@ -54,8 +53,13 @@ def test_kernels_around_the_scan_spill_no_register():
         ("offline_step.py", (128, 128, "bfloat16"), 9),
     ),
 )
-def test_other_chips(target, arch, script, arguments, count):
-    assert len(report(target, arch, *arguments, script=script)) == count
+class TestOtherChips:
+    def test_amd(self, script, arguments, count):
+        assert len(report("hip", "gfx942", *arguments, script=script)) == count
+
+    @pytest.mark.exhaustive
+    def test_ampere(self, script, arguments, count):
+        assert len(report("cuda", 80, *arguments, script=script)) == count
 
 
 def test_a_single_token_on_hopper_spills_no_register():
