@@ -216,3 +216,83 @@ def test_bad_arguments_of_score_are_named(lm, name):
     arguments = {"token_ids": IDS, name: IDS[:, :3] if name != "token_ids" else IDS[0]}
     with pytest.raises(ValueError, match=f"`{name}`"):
         lm.score(**arguments)
+
+
+# Bad input, and what files hold.
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_weights_without_targets_count(packed):
+    """Those of `x` alone: Keras would drop them."""
+    lm = make_lm(packed=packed)
+    lm.compile(keras.optimizers.SGD(0.0), run_eagerly=EAGERLY)
+    inputs = {"token_ids": IDS, "padding_mask": MASK}
+    if packed:
+        inputs["segment_ids"] = SEGMENTS
+    items = list(predictions(MASK, SEGMENTS if packed else None))
+    logits = to_numpy(lm(inputs))
+    for weights in (WEIGHTS, WEIGHTS[:, 0]):
+
+        def weight(row, place, weights=weights):
+            return weights[row, place + 1] if weights.ndim == 2 else weights[row]
+
+        scores = log_softmax(logits)
+        total = sum(weight(*item[:2]) for item in items)
+        loss = -sum(weight(r, t) * scores[r, t, label] for r, t, label in items) / total
+        found = lm.evaluate(inputs, sample_weight=weights, verbose=0, return_dict=True)
+        np.testing.assert_allclose(found["perplexity"], np.exp(loss), rtol=1e-4)
+    history = lm.fit(
+        inputs,
+        sample_weight=weights,
+        validation_data=(inputs, None, weights),
+        verbose=0,
+    ).history
+    np.testing.assert_allclose(history["perplexity"], np.exp(loss), rtol=1e-4)
+    np.testing.assert_allclose(history["val_perplexity"], np.exp(loss), rtol=1e-4)
+    with pytest.raises(ValueError, match=r"`sample_weight` must have .*\(2, 3\)"):
+        lm.evaluate(inputs, sample_weight=WEIGHTS[:, :3], verbose=0)
+
+
+def test_inputs_of_other_models_are_refused(lm):
+    """Keras takes them for the token ids, in the order of their names."""
+    inputs = {"token_ids": IDS, "padding_mask": MASK, "segment_ids": SEGMENTS}
+    for function in (lm, lm.backbone, lm.fit, lm.evaluate):
+        with pytest.raises(ValueError, match=r"segment_ids.*packed=True"):
+            function(inputs)
+    with pytest.raises(ValueError, match=r"segment_ids.*packed=True"):
+        lm.score(IDS, segment_ids=SEGMENTS)
+    with pytest.raises(ValueError, match=r"Received: \['labels'\] too"):
+        lm({"token_ids": IDS, "labels": LABELS})
+    assert lm.score(IDS[:0]).shape == (0, T)
+
+
+def test_scores_follow_lora_and_quantization():
+    lm = make_lm()
+    for change in (lambda: lm.enable_lora(2), lambda: lm.quantize("int8")):
+        before = lm.score(IDS)
+        change()
+        for index, variable in enumerate(lm.trainable_variables):
+            if "lora" in variable.path:
+                draw = np.random.default_rng(index).normal(size=variable.shape)
+                variable.assign(draw)
+        logits = to_numpy(keras.ops.cast(lm(IDS), "float32"))
+        expected = np.take_along_axis(
+            log_softmax(logits)[:, :-1], IDS[:, 1:, None], axis=2
+        )[..., 0]
+        found = lm.score(IDS)
+        np.testing.assert_allclose(found[:, 1:], expected, rtol=1e-4, atol=1e-4)
+        assert np.abs(found - before).max() > 1e-4
+
+
+def test_whether_to_compile_is_the_loading_backends_choice():
+    lm = make_lm()
+    assert lm.get_compile_config()["jit_compile"] == "auto"
+    lm.compile("sgd", jit_compile=False)
+    assert lm.get_compile_config()["jit_compile"] is False
+
+
+def test_misspelt_arguments_are_refused(lm):
+    with pytest.raises(TypeError, match="MoMBackbone.*num_memory"):
+        make_lm(num_memory=3)
+    with pytest.raises(TypeError, match="MoMCausalLM.*tokenizer"):
+        MoMCausalLM(lm.backbone, tokenizer=None)

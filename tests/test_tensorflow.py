@@ -291,3 +291,23 @@ def test_the_page_runs(tmp_path, monkeypatch):
     assert (tmp_path / "model.tflite").stat().st_size > 0
     assert names["decode"].experimental_get_tracing_count() == 1
     assert names["gradient"].shape == names["value"].shape
+
+
+@pytest.mark.parametrize("compiled", (False, True))
+def test_second_gradients_are_refused(compiled):
+    """They would be those of a constant."""
+    layer = keras_mom.MoMLayer(1, 4)
+    inputs = tf.random.normal((1, 3, 8))
+
+    def penalty(inputs):
+        with tf.GradientTape() as outer:
+            outer.watch(inputs)
+            with tf.GradientTape() as inner:
+                inner.watch(inputs)
+                loss = tf.reduce_sum(layer(inputs) ** 2)
+            norm = tf.reduce_sum(inner.gradient(loss, inputs) ** 2)
+        return outer.gradient(norm, inputs)
+
+    function = tf.function(penalty) if compiled else penalty
+    with pytest.raises(NotImplementedError, match="no second gradient.*portable"):
+        function(inputs)

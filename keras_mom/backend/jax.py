@@ -12,8 +12,9 @@ softplus = keras.ops.softplus
 def scan(step, carry, length, shapes, reverse=False):
     """See `keras_mom.backend`."""
     del shapes  # JAX traces `step`.
+    # Of JAX' integers, as the Python numbers beside it are: 64 bits where asked for.
     carry, outputs = jax.lax.scan(
-        step, carry, jax.numpy.arange(length, dtype="int32"), reverse=reverse
+        step, carry, jax.numpy.arange(length), reverse=reverse
     )
 
     def joined(x):

@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from keras_mom import rules
-from keras_mom.checks import check_positive
+from keras_mom.checks import check_keywords, check_names, check_positive
 from keras_mom.initializers import Scaled
 from keras_mom.layers.mom_layer import MoMLayer
 from keras_mom.models import hub, presets
@@ -250,6 +250,7 @@ class MoMBackbone(AdaptationMixin, ExportMixin, hub.Backbone):
                 x, mask=inputs["padding_mask"], segment_ids=inputs.get("segment_ids")
             )
         outputs = final_norm(x)
+        check_keywords("MoMBackbone", kwargs)
         model: dict[str, Any] = dict(inputs=inputs, outputs=outputs, dtype=dtype)
         super().__init__(**model, **kwargs)
 
@@ -303,6 +304,11 @@ class MoMBackbone(AdaptationMixin, ExportMixin, hub.Backbone):
         }
 
     # Reading in pieces.
+
+    def __call__(self, inputs, *args, **kwargs):
+        if isinstance(inputs, dict):
+            check_names(inputs, self.input)
+        return super().__call__(inputs, *args, **kwargs)
 
     def get_initial_cache(self, batch_size, max_length=None):
         """What is carried from call to call, before the first.

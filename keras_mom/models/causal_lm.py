@@ -4,6 +4,7 @@ from typing import Any
 
 import keras
 
+from keras_mom.checks import check_keywords
 from keras_mom.models import hub, presets
 from keras_mom.models.adaptation import forget_functions
 from keras_mom.models.backbone import MoMBackbone
@@ -41,6 +42,7 @@ class MoMCausalLM(ExportMixin, GenerationMixin, TrainingMixin, hub.CausalLM):
     backbone_cls = MoMBackbone
 
     def __init__(self, backbone, preprocessor=None, compile=True, **kwargs):
+        check_keywords("MoMCausalLM", kwargs)
         inputs = backbone.input
         hidden = backbone(inputs)
         logits = backbone.token_embedding(hidden, reverse=True)

@@ -1,5 +1,6 @@
 """Generation: what `MoMCausalLM` does beside training."""
 
+import numbers
 from typing import Any
 
 import keras
@@ -243,6 +244,10 @@ class GenerationMixin:
                 "`seed` cannot be set on a KerasHub sampler, which has its own. "
                 f"Received: seed={seed}"
             )
+        elif isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
+            raise ValueError(f"`seed` must be an integer. Received: {seed!r}")
+        else:
+            seed = int(seed)
         if seed is None:
             drawn = keras.random.randint((1,), 0, 2**31 - 1, "int32")
             seed = int(keras.ops.convert_to_numpy(drawn)[0])

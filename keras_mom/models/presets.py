@@ -89,6 +89,8 @@ def save_backbone(backbone, preset_dir, max_shard_size=10):
         "tasks": ["CausalLM"],
     }
     _write(folder, METADATA, metadata)
+    for name in (WEIGHTS, SHARDED_WEIGHTS):
+        (folder / name).unlink(missing_ok=True)  # of a model that was here before
     size = sum(math.prod(v.shape) * _item_size(v.dtype) for v in backbone.variables)
     if max_shard_size is not None and size > max_shard_size * 2**30:
         path = str(folder / SHARDED_WEIGHTS)

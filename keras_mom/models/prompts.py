@@ -5,6 +5,7 @@ tokens, wherever they stand.
 """
 
 import dataclasses
+import numbers
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,9 @@ def read(prompts, max_length, pad_token_id, preprocessor):
         ValueError: if an argument does not fit; the message names it.
     """
     if max_length is not None and (
-        isinstance(max_length, bool) or int(max_length) != max_length or max_length < 1
+        isinstance(max_length, bool)
+        or not isinstance(max_length, numbers.Integral)
+        or max_length < 1
     ):
         raise ValueError(
             f"`max_length` must be a positive integer. Received: {max_length!r}"
@@ -241,6 +244,11 @@ def _integers(name, value):
         array = ops.convert_to_numpy(value) if is_tensor else np.asarray(value)
     if array.dtype.kind not in "iub" and array.size:
         raise ValueError(f"`{name}` must hold integers. Received: dtype {array.dtype}")
+    if array.size and not -(2**31) <= array.min() <= array.max() < 2**31:
+        raise ValueError(
+            f"`{name}` must hold 32-bit integers. "
+            f"Received: values from {array.min()} to {array.max()}"
+        )
     return array.astype("int32")
 
 

@@ -8,6 +8,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_mom.checks import check_names
+from keras_mom.models.prompts import are_texts
 from keras_mom.ops.linear_cross_entropy import (
     counted_weights,
     token_cross_entropy,
@@ -51,6 +53,7 @@ class TrainingMixin:
     """
 
     backbone: Any
+    input: Any
     compiled: bool
     losses: list
     optimizer: Any
@@ -137,6 +140,8 @@ class TrainingMixin:
             needs_logits=not automatic or bool(metrics or weighted_metrics),
             in_step=False,
             config=config,
+            # What "auto" is, depends on the backend.
+            jit_compile=kwargs.get("jit_compile", "auto"),
         )
 
     def get_compile_config(self):
@@ -145,6 +150,7 @@ class TrainingMixin:
             return config
         built = self.optimizer is not None and self.optimizer.built
         config = {**config, **self._language.config, "optimizer_is_built": built}
+        config["jit_compile"] = self._language.jit_compile
         return _for_every_backend(config)
 
     def compile_from_config(self, config):
@@ -160,13 +166,38 @@ class TrainingMixin:
         metrics = super().metrics  # pyright: ignore[reportAttributeAccessIssue]
         return metrics if self._language is None else metrics + self._language.metrics
 
+    # Without targets Keras would drop the weights.
+
+    def fit(self, x=None, y=None, *args, **kwargs):
+        """Trains; see `keras.Model.fit`, and above for `x`, `y` and `sample_weight`."""
+        # An error within a step would leave the model without variables on JAX.
+        check_names(x if isinstance(x, dict) else (), self.input)
+        x, y, weights = _with_targets(x, y, kwargs.pop("sample_weight", None))
+        given = kwargs.get("validation_data")
+        if isinstance(given, tuple) and len(given) == 3:
+            kwargs["validation_data"] = _with_targets(*given)
+        return super().fit(  # pyright: ignore[reportAttributeAccessIssue]
+            x, y, *args, sample_weight=weights, **kwargs
+        )
+
+    def evaluate(self, x=None, y=None, *args, **kwargs):
+        """Loss and metrics; see `keras.Model.evaluate`, and `fit`."""
+        check_names(x if isinstance(x, dict) else (), self.input)
+        x, y, weights = _with_targets(x, y, kwargs.pop("sample_weight", None))
+        return super().evaluate(  # pyright: ignore[reportAttributeAccessIssue]
+            x, y, *args, sample_weight=weights, **kwargs
+        )
+
     # A step of training or evaluation computes no logits: the loss takes hidden states.
 
     def __call__(self, inputs, *args, **kwargs):
-        return super().__call__(_as_inputs(inputs), *args, **kwargs)  # pyright: ignore
+        inputs = _as_inputs(inputs)
+        check_names(inputs, self.input)
+        return super().__call__(inputs, *args, **kwargs)  # pyright: ignore
 
     def call(self, inputs, training=None, mask=None, **kwargs):
         inputs = _as_inputs(inputs)  # JAX' trainer calls this without `__call__`.
+        check_names(inputs, self.input)
         if self._language is not None and self._language.in_step:
             return self.backbone(inputs, training=training)
         return super().call(  # pyright: ignore[reportAttributeAccessIssue]
@@ -258,6 +289,8 @@ class TrainingMixin:
                 "`token_ids` must have shape [B, T]. "
                 f"Received: shape {inputs['token_ids'].shape}"
             )
+        if not inputs["token_ids"].size:
+            return np.zeros(inputs["token_ids"].shape, "float32")
         mask = np.ones_like(inputs["token_ids"])
         if padding_mask is not None:
             mask = np.asarray(padding_mask).astype("int32")
@@ -271,6 +304,7 @@ class TrainingMixin:
                     f"`{name}` must have the shape of `token_ids`, {shape}. "
                     f"Received: shape {inputs[name].shape}"
                 )
+        check_names(inputs, self.input)
         return _Scorer.of(self).predict(inputs, batch_size=batch_size, verbose=0)
 
     def perplexity(self, token_ids, padding_mask=None, segment_ids=None, batch_size=32):
@@ -304,10 +338,13 @@ class _Scorer(keras.Model):
 
     @classmethod
     def of(cls, lm):
-        """The scorer of a model, which is compiled once."""
-        if getattr(lm, "_scorer", None) is None:
-            lm._scorer = SimpleNamespace(model=cls(lm))
-        return lm._scorer.model
+        """The scorer of a model, which is compiled once for the same variables."""
+        kept = getattr(lm, "_scorer", None)
+        variables = lm.backbone.variables  # others after LoRA or quantization
+        if kept is None or [*map(id, kept.variables)] != [*map(id, variables)]:
+            kept = SimpleNamespace(model=cls(lm), variables=variables)
+            lm._scorer = kept
+        return kept.model
 
     def call(self, inputs):
         hidden = self.lm.backbone(inputs, training=False)
@@ -340,6 +377,36 @@ def _as_inputs(x):
     # Keras takes no mixture of arrays and tensors.
     ones = np.ones_like if isinstance(x["token_ids"], np.ndarray) else ops.ones_like
     return {**x, "padding_mask": ones(x["token_ids"], dtype="int32")}
+
+
+def _with_targets(x, y, sample_weight):
+    """`x`, targets and weights in arrays, where there are weights without targets."""
+    is_array = isinstance(x, dict | list | tuple) or hasattr(x, "shape")
+    if y is not None or sample_weight is None or not is_array or are_texts(x):
+        return x, y, sample_weight
+    x = {name: _to_numpy(value) for name, value in _as_inputs(x).items()}
+    sample_weight = _to_numpy(sample_weight).astype("float32")
+    shape = x["token_ids"].shape
+    if sample_weight.shape not in (shape, shape[:1]):
+        raise ValueError(
+            f"`sample_weight` must have shape [B] or [B, T], here {shape}. "
+            f"Received: shape {sample_weight.shape}"
+        )
+    following = {
+        name: np.pad(value[:, 1:], ((0, 0), (0, 1))) for name, value in x.items()
+    }
+    predicted = (x["padding_mask"] != 0) & (following["padding_mask"] != 0)
+    predicted[:, -1:] = False
+    if "segment_ids" in x:
+        predicted &= x["segment_ids"] == following["segment_ids"]
+    y = np.where(predicted, following["token_ids"], -1).astype("int32")
+    if sample_weight.ndim == 2:
+        return x, y, np.pad(sample_weight[:, 1:], ((0, 0), (0, 1)))
+    return x, y, np.repeat(sample_weight[:, None], shape[1], axis=1)
+
+
+def _to_numpy(x):
+    return x if isinstance(x, np.ndarray) else ops.convert_to_numpy(x)
 
 
 def _targets(x, y, sample_weight):

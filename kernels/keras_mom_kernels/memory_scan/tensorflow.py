@@ -204,16 +204,29 @@ def _scan(options, *tensors) -> Any:
             shapes = _open_shapes(values, present)
             forward, backward = _compiled(options, present, shapes)
         # What is compiled has no gradient of its own: it need not be recorded.
-        values = tuple(tf.stop_gradient(x) for x in values)
-        outputs = forward(values)
+        constants = tuple(tf.stop_gradient(x) for x in values)
+        outputs = forward(constants)
 
-        def gradient(output_grad, final_grad):
-            grads = iter(backward(values, outputs, (output_grad, final_grad)))
+        # Of `values` too, so that a second gradient comes to what refuses it.
+        @tf.custom_gradient
+        def first_gradient(output_grad, final_grad, *_):
+            grads = (tf.stop_gradient(output_grad), tf.stop_gradient(final_grad))
+            return tuple(backward(constants, outputs, grads)), _no_second_gradient
+
+        def gradient(*of_outputs):
+            grads = iter(first_gradient(*of_outputs, *values))
             return [next(grads) if x.dtype.is_floating else None for x in values]
 
         return outputs[:2], gradient
 
     return function(*values)
+
+
+def _no_second_gradient(*_):
+    raise NotImplementedError(
+        "The memory scan on TensorFlow has no second gradient, as of a gradient "
+        'penalty. Expected: `implementation="portable"`.'
+    )
 
 
 def _directions(options, present):
