@@ -112,6 +112,8 @@ def arguments(rows, changes):
         ("initial_state", {"initial_state": zeros(3, 4, 6)}),
         ("initial_state", {"initial_state": zeros(2, 3, 4, 6, dtype="float16")}),
         ("initial_state", {"initial_state": zeros(2, 3, 4, 6, dtype="int32")}),
+        ("scale", {"scale": zeros()}),
+        ("scale", {"scale": "1"}),
         ("write", {"write": "replace"}),
         ("write", {"write": None}),
         ("erase_before_decay", {"erase_before_decay": True, "write": "additive"}),

@@ -1,6 +1,7 @@
 """The memory scan: one linear recurrence that serves every update rule."""
 
 import math
+import numbers
 from typing import NamedTuple
 
 from keras import ops
@@ -89,7 +90,8 @@ def memory_scan(
         initial_state: float32 `[B, H, K, V]`, or `[S, H, K, V]` with `cu_seqlens`.
             None means zeros.
         return_state: whether to return the state behind each sequence too.
-        scale: factor of the query, `K ** -0.5` by default.
+        scale: factor of the query, a number, `K ** -0.5` by default. What is learned is
+            multiplied with the query instead.
         implementation: `None` for the fastest that works here, or one of
             `keras_mom.config.IMPLEMENTATIONS`, which is used or raises.
 
@@ -135,9 +137,18 @@ def memory_scan(
         cu_seqlens=cu_seqlens,
         aligned=None,
         initial_state=initial_state,
-        scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
+        scale=query.shape[-1] ** -0.5 if scale is None else _number(scale),
     )
     return (output, state) if return_state else output
+
+
+def _number(scale):
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
+        raise ValueError(
+            "`scale` must be a number: a tensor would get no gradient. "
+            f"Received: {type(scale).__name__}"
+        )
+    return float(scale)
 
 
 def chunk_size(length, implementation="portable"):
