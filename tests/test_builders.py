@@ -78,8 +78,8 @@ def test_an_encoder_reads_in_both_directions_and_past_masked_tokens(encoder, tmp
         other[0, changed] = (other[0, changed] + 1) % 9
         moved = outputs_of(encoder, tagged(other, MASK)) - outputs
         assert np.abs(moved[0, seen]).max() > 1e-4
-        # How TensorFlow shares a product among threads may change its last digits.
-        assert np.abs(moved[1]).max() < 1e-6
+        # Eager TensorFlow need not give equal bits twice.
+        assert np.abs(moved[1]).max() <= (1e-6 if EAGERLY else 0)
 
     encoder.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
