@@ -396,7 +396,6 @@ def _with_targets(x, y, sample_weight):
         name: np.pad(value[:, 1:], ((0, 0), (0, 1))) for name, value in x.items()
     }
     predicted = (x["padding_mask"] != 0) & (following["padding_mask"] != 0)
-    predicted[:, -1:] = False
     if "segment_ids" in x:
         predicted &= x["segment_ids"] == following["segment_ids"]
     y = np.where(predicted, following["token_ids"], -1).astype("int32")
